@@ -1,0 +1,142 @@
+# Everything is done from here; `make` alone lists what there is. Needed on PATH: Python 3.11 or newer, make
+# and a C compiler. uv comes from PATH, or is put into .tools; everything else goes into .venv, locked by hash.
+
+VENV := .venv
+PY := $(VENV)/bin/python
+UV := $(shell command -v uv 2>/dev/null || echo .tools/bin/uv)
+PYTHON ?= $(shell for p in python3.11 python3 python; do \
+	$$p -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null && echo $$p && break; done)
+PROTO_SOURCES := $(shell find protos/llmos -name '*.proto')
+# The groups of pyproject.toml that have a lock of their own; dev comes first, the others agree with it.
+GROUPS := dev run gateway auth inference logging client proto tools
+LOCKS := $(GROUPS:%=requirements/%.txt)
+
+# N: how often `test-repeat` runs. TLS=1: `up` uses mTLS. ARGS: further arguments of the command behind a target.
+N ?= 10
+ARGS ?=
+
+export UV_PYTHON_DOWNLOADS := never
+MAKEFLAGS += --no-builtin-rules --no-print-directory
+.NOTPARALLEL:
+.DELETE_ON_ERROR:
+.DEFAULT_GOAL := help
+
+##@ Use
+
+.PHONY: demo
+demo: run-env ## Start everything, stream one real answer, show its audit record, stop everything
+	@$(PY) -m deploy.dev demo $(ARGS)
+
+.PHONY: up
+up: run-env ## Run the whole mesh on this machine until Ctrl-C (TLS=1: with mTLS)
+	@$(PY) -m deploy.dev up $(if $(TLS),--tls) $(ARGS)
+
+.PHONY: down
+down: run-env ## Stop a mesh that `make up` started in another terminal
+	@$(PY) -m deploy.dev down
+
+.PHONY: chat
+chat: run-env ## Chat with the mesh that `make up` runs
+	@$(PY) -m deploy.dev client -- chat $(ARGS)
+
+.PHONY: certs
+certs: run-env ## Make development certificates in .state/certs: a CA, one per service, one for clients
+	@$(PY) -m deploy.dev certs $(ARGS)
+
+##@ Develop
+
+.PHONY: proto
+proto: $(VENV)/.run ## Generate protos/gen from protos/llmos
+	@$(PY) protos/generate.py
+	@touch protos/gen/.digest
+
+.PHONY: lint
+lint: dev-env ## Check style, types, contracts and contract changes against main
+	$(VENV)/bin/ruff check .
+	$(VENV)/bin/ruff format --check .
+	$(VENV)/bin/mypy
+	$(VENV)/bin/buf lint protos/gen/llmos.binpb --config buf.yaml
+	$(PY) protos/check.py
+
+.PHONY: format
+format: dev-env ## Format the code, and mend what can be mended without thought
+	$(VENV)/bin/ruff check --fix .
+	$(VENV)/bin/ruff format .
+
+.PHONY: test
+test: dev-env ## Run all tests, on real processes and a real broker, and report coverage
+	@tests/run-with-coverage $(PY) $(ARGS)
+
+.PHONY: test-unit
+test-unit: dev-env ## Run the tests that start no process
+	$(PY) -m pytest tests/unit tests/contract $(ARGS)
+
+.PHONY: test-e2e
+test-e2e: dev-env ## Run the tests on real processes
+	$(PY) -m pytest tests/e2e $(ARGS)
+
+.PHONY: test-repeat
+test-repeat: dev-env ## Run the tests on real processes N times (N=10) and stop at the first failure
+	@for i in $$(seq 1 $(N)); do echo "== run $$i of $(N)"; $(PY) -m pytest -q tests/e2e $(ARGS) || exit 1; done
+
+.PHONY: lock
+lock: dev-env ## Resolve the dependencies anew into requirements/ and deploy/dev/jgo.lock.toml (UPGRADE=1: newer ones)
+	@for group in $(GROUPS); do \
+		echo "requirements/$$group.txt"; \
+		case $$group in dev|tools) with= ;; *) with="--constraint requirements/dev.txt" ;; esac; \
+		$(UV) pip compile --quiet --universal --generate-hashes --no-emit-index-url --python-version 3.11 \
+			--custom-compile-command "make lock" $(if $(UPGRADE),--upgrade) $$with \
+			--group $$group -o requirements/$$group.txt || exit 1; \
+	done
+	@echo deploy/dev/jgo.lock.toml
+	@$(VENV)/bin/jgo --ignore-config --quiet -f deploy/dev/jgo.toml lock
+
+.PHONY: clean
+clean: ## Stop a running mesh, then remove all that was made here: environments, generated code, .state with its keys
+	@if [ -f .state/run/mesh.json ] && [ -x $(PY) ]; then $(PY) -m deploy.dev down; fi
+	rm -rf $(VENV) .tools .state protos/gen build dist bench-results .hypothesis .mypy_cache .pytest_cache .ruff_cache
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +
+
+.PHONY: help
+help: ## List the targets
+	@awk 'BEGIN { FS = ":.*## " } /^##@ / { printf "\n%s\n", substr($$0, 5) } \
+		/^[a-z0-9-]+:.*## / { printf "  make %-13s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+
+# ---- the environment -----------------------------------------------------------------------------------------
+# One .venv, in two sizes: `run` is enough for demo, up and chat; `dev` holds all of it and more. An environment
+# that has grown to dev stays dev. A stamp is newer than the lock that it was made from, so nothing is done twice.
+
+.PHONY: run-env dev-env
+run-env: $(VENV)/.run $(VENV)/.installed protos/gen/.digest
+dev-env: $(VENV)/.dev run-env
+
+$(VENV)/.dev: requirements/dev.txt | $(PY)
+	@echo "Installing requirements/dev.txt into $(VENV)"
+	@$(UV) pip sync --require-hashes --python $(PY) requirements/dev.txt
+	@rm -f $(VENV)/.installed
+	@touch $(VENV)/.dev $(VENV)/.run
+
+$(VENV)/.run: requirements/run.txt | $(PY)
+	@echo "Installing requirements/$(if $(wildcard $(VENV)/.dev),dev,run).txt into $(VENV)"
+	@$(UV) pip sync --require-hashes --python $(PY) requirements/$(if $(wildcard $(VENV)/.dev),dev,run).txt
+	@rm -f $(VENV)/.installed
+	@touch $(VENV)/.run
+
+$(VENV)/.installed: pyproject.toml $(VENV)/.run
+	@$(UV) pip install --quiet --python $(PY) --no-build-isolation --no-deps -e .
+	@touch $@
+
+protos/gen/.digest: $(PROTO_SOURCES) protos/generate.py $(VENV)/.run
+	@$(PY) protos/generate.py
+	@touch $@
+
+$(PY): | $(UV)
+	@test -n "$(PYTHON)" || { echo "llmos needs Python 3.11 or newer on PATH (or: make PYTHON=/path/to/python)"; exit 2; }
+	@$(UV) venv --quiet --allow-existing --python $(PYTHON) $(VENV)
+
+.tools/bin/uv: requirements/tools.txt
+	@test -n "$(PYTHON)" || { echo "llmos needs Python 3.11 or newer on PATH (or: make PYTHON=/path/to/python)"; exit 2; }
+	@echo "uv is not on PATH: installing it into .tools"
+	@$(PYTHON) -m venv .tools
+	@.tools/bin/python -m pip install --quiet --disable-pip-version-check --require-hashes -r requirements/tools.txt
+	@touch $@
