@@ -10,6 +10,7 @@ from __future__ import annotations
 import argparse
 import hashlib
 import importlib.metadata
+import os
 import shutil
 import sys
 from pathlib import Path
@@ -47,6 +48,8 @@ def write_validate_descriptor(path: Path) -> None:
 def run_protoc(root: Path, validate: Path, *args: str) -> None:
     files = [str(path.relative_to(root)) for path in sources(root)]
     wellknown = Path(grpc_tools.__file__).parent / "_proto"
+    # protoc finds its plug-ins on PATH; ours stand beside this interpreter, which need not be on it.
+    os.environ["PATH"] = os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH", "")])
     command = ["protoc", f"--descriptor_set_in={validate}", f"-I{root}", f"-I{wellknown}", *args, *files]
     if protoc.main(command) != 0:
         sys.exit("protoc failed; its messages stand above")
@@ -67,9 +70,9 @@ def generate(root: Path, out: Path) -> bool:
         root,
         validate,
         f"--python_out={fresh}",
-        f"--mypy_out={fresh}",
+        f"--mypy_out=quiet:{fresh}",
         f"--grpc_python_out={fresh}",
-        f"--mypy_grpc_out={fresh}",
+        f"--mypy_grpc_out=quiet:{fresh}",
         "buf/validate/validate.proto",
     )
     write_image(root, fresh / IMAGE, validate)
@@ -87,8 +90,12 @@ def write_image(root: Path, image: Path, validate: Path) -> None:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--root", type=Path, default=ROOT, help="the folder that holds llmos/ (default: this one)")
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument(
+        "--root", type=Path, default=ROOT, help="the folder that holds llmos/ (default: this one)"
+    )
     parser.add_argument("--image", type=Path, help="write only the descriptor image, here")
     args = parser.parse_args()
     if args.image:
