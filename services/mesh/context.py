@@ -1,0 +1,84 @@
+"""What is known of the request that is being served, for everything below its edge."""
+
+from __future__ import annotations
+
+from contextvars import ContextVar, Token
+from dataclasses import dataclass
+
+from services.mesh.errors import Internal, ScopeMissing
+
+
+@dataclass(frozen=True, slots=True)
+class Identity:
+    """Who a request is made for."""
+
+    tenant_id: str
+    client_id: str
+    key_id: str = ""
+    scopes: frozenset[str] = frozenset()
+
+    def require(self, scope: str) -> None:
+        """Raises ScopeMissing unless the credential has the scope."""
+        if scope not in self.scopes:
+            raise ScopeMissing(
+                f"The credential lacks the scope `{scope}`.",
+                hint=f"Use a credential that has the scope `{scope}`.",
+                metadata={"scope": scope},
+            )
+
+
+@dataclass(frozen=True, slots=True)
+class Caller:
+    """What an authenticator found out."""
+
+    identity: Identity | None = None
+    """Whom the request is for; None for a call that a service makes on its own account."""
+    peer_service: str | None = None
+    """The service on the other end, such as `service:gateway`; None where a caller came directly."""
+
+
+@dataclass(slots=True)
+class RequestContext:
+    """One request on its way through this process. The chain of interceptors fills it."""
+
+    request_id: str
+    method: str
+    """The full gRPC method name, `/package.Service/Method`; the HTTP edge uses the same names."""
+    source_address: str = ""
+    """The peer's address, without port."""
+    deadline_s: float = float("inf")
+    """On the injected monotonic clock."""
+    caller: Caller = Caller()
+    trace_id: str = ""
+
+    @property
+    def identity(self) -> Identity:
+        """Whom the request is for. Raises Internal where the method is open or a service asks."""
+        if self.caller.identity is None:
+            raise Internal(f"{self.method} was reached without an identity")
+        return self.caller.identity
+
+
+_current: ContextVar[RequestContext | None] = ContextVar("llmos_request", default=None)
+
+
+def current() -> RequestContext | None:
+    """The request being served by this task, if any."""
+    return _current.get()
+
+
+def require_current() -> RequestContext:
+    """The request being served by this task. Raises Internal outside of one."""
+    context = _current.get()
+    if context is None:
+        raise Internal("no request is being served here")
+    return context
+
+
+def enter(context: RequestContext) -> Token[RequestContext | None]:
+    """Makes `context` the current one, until `leave`."""
+    return _current.set(context)
+
+
+def leave(token: Token[RequestContext | None]) -> None:
+    _current.reset(token)

@@ -1,0 +1,194 @@
+"""The chain that every call passes on its way in, the same for gRPC (all four arities) and HTTP.
+
+From the outside in:
+
+1. `request_id`: names the call before anything can be said about it
+2. `trace`: a SERVER span around all the rest, child of the caller's
+3. `metrics`: outside of `errors`, so that it sees what the caller will see
+4. `errors`: whatever is raised leaves as a LlmosError; what is not ours is logged and becomes Internal
+5. `limit`: refuses at once what is too much, before anything is paid for it; registers the call for the drain
+6. `deadline`: the caller's or the server's cap, whichever is sooner
+7. `identity`: who calls; inside the deadline, since it may have to ask auth
+
+A link is an async context manager around the rest of the call.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+import secrets
+import string
+from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
+from contextlib import AbstractAsyncContextManager, asynccontextmanager
+from dataclasses import dataclass, field
+
+from services.mesh import context as request_context
+from services.mesh import errors, telemetry
+from services.mesh.clock import Clock
+from services.mesh.context import Caller, RequestContext
+from services.mesh.errors import LlmosError
+from services.mesh.running import RunningCalls
+
+logger = logging.getLogger(__name__)
+
+Metadata = Mapping[str, str | bytes]
+Authenticator = Callable[[str, Metadata, str], Awaitable[Caller]]
+"""(method, metadata, source address) -> caller. Raises one of the UNAUTHENTICATED errors."""
+
+REQUEST_ID_KEY = "x-request-id"
+DEADLINE_MARGIN_S = 0.01
+"""Our own deadline is so much before the caller's, so that it gets our status and not its own."""
+
+_ID_ALPHABET = frozenset(string.ascii_letters + string.digits + "-_")
+
+
+@dataclass(slots=True)
+class Call:
+    """One call on its way through the chain."""
+
+    context: RequestContext
+    metadata: Metadata
+    """Keys in lower case; keys that end in `-bin` have bytes."""
+    time_remaining_s: float | None = None
+    """What the caller allows; None where it set no deadline."""
+    protocol: str = "grpc"
+    span: telemetry.Span = field(default=telemetry.NO_SPAN)
+
+
+Link = Callable[[Call], AbstractAsyncContextManager[None]]
+
+
+def new_request_id() -> str:
+    """128 random bits. A caller's own id is never taken on: the audit log is keyed by this."""
+    return f"req_{secrets.token_hex(16)}"
+
+
+class Chain:
+    """The links in their order."""
+
+    def __init__(self, links: Mapping[str, Link]) -> None:
+        self.links = dict(links)
+
+    @asynccontextmanager
+    async def around(self, call: Call) -> AsyncIterator[None]:
+        """Runs the call's body inside all links. Raises LlmosError and asyncio.CancelledError only."""
+        async with contextlib.AsyncExitStack() as stack:
+            for link in self.links.values():
+                await stack.enter_async_context(link(call))
+            yield
+
+
+def server_chain(
+    *,
+    clock: Clock,
+    running: RunningCalls,
+    authenticator: Authenticator,
+    open_methods: frozenset[str] = frozenset(),
+    max_call_s: float,
+    adopt_request_id: bool,
+) -> Chain:
+    """The chain of a service.
+
+    `open_methods` need no credential. `adopt_request_id` is for services that only others of the mesh
+    call: the id that the gateway made goes on through all hops.
+    """
+
+    @asynccontextmanager
+    async def request_id(call: Call) -> AsyncIterator[None]:
+        given = call.metadata.get(REQUEST_ID_KEY)
+        if adopt_request_id and isinstance(given, str) and _well_formed(given):
+            call.context.request_id = given
+        token = request_context.enter(call.context)
+        try:
+            yield
+        finally:
+            # A stream may be closed from another context than it ran in.
+            with contextlib.suppress(ValueError):
+                request_context.leave(token)
+
+    @asynccontextmanager
+    async def trace(call: Call) -> AsyncIterator[None]:
+        with telemetry.server_span(call.context, call.metadata, call.protocol) as span:
+            call.span = span
+            yield
+
+    @asynccontextmanager
+    async def metrics(call: Call) -> AsyncIterator[None]:
+        begun_s = clock.monotonic()
+        telemetry.calls_running.add(1, {"rpc.method": call.context.method})
+        status = errors.Status.OK
+        try:
+            yield
+        except LlmosError as error:
+            status = error.status
+            raise
+        except asyncio.CancelledError:
+            status = errors.Status.CANCELLED
+            raise
+        finally:
+            telemetry.calls_running.add(-1, {"rpc.method": call.context.method})
+            telemetry.call_ended(
+                call.span, call.context.method, call.protocol, status, clock.monotonic() - begun_s
+            )
+
+    async def anonymous(method: str, metadata: Metadata, source: str) -> Caller:
+        return Caller()
+
+    @asynccontextmanager
+    async def limit(call: Call) -> AsyncIterator[None]:
+        with running.enter():
+            yield
+
+    @asynccontextmanager
+    async def deadline(call: Call) -> AsyncIterator[None]:
+        allowed_s = max_call_s
+        if call.time_remaining_s is not None:
+            allowed_s = min(allowed_s, call.time_remaining_s - DEADLINE_MARGIN_S)
+        call.context.deadline_s = clock.monotonic() + allowed_s
+        try:
+            async with asyncio.timeout(max(allowed_s, 0)) as timeout:
+                yield
+        except TimeoutError as error:
+            if not timeout.expired():
+                raise
+            raise errors.DeadlineExceeded("The deadline passed before the answer was complete.") from error
+
+    @asynccontextmanager
+    async def identity(call: Call) -> AsyncIterator[None]:
+        authenticate = anonymous if call.context.method in open_methods else authenticator
+        call.context.caller = await authenticate(
+            call.context.method, call.metadata, call.context.source_address
+        )
+        yield
+
+    return Chain(
+        {
+            "request_id": request_id,
+            "trace": trace,
+            "metrics": metrics,
+            "errors": normalised_errors,
+            "limit": limit,
+            "deadline": deadline,
+            "identity": identity,
+        }
+    )
+
+
+@asynccontextmanager
+async def normalised_errors(call: Call) -> AsyncIterator[None]:
+    """Lets only LlmosError and CancelledError out."""
+    try:
+        yield
+    except LlmosError as error:
+        if isinstance(error, errors.Internal):
+            logger.exception("%s failed: %s", call.context.method, error.message)
+        raise
+    except Exception as error:
+        logger.exception("%s failed", call.context.method)
+        raise errors.Internal(f"{type(error).__name__} in {call.context.method}") from error
+
+
+def _well_formed(request_id: str) -> bool:
+    return 0 < len(request_id) <= 64 and _ID_ALPHABET.issuperset(request_id)

@@ -1,0 +1,60 @@
+"""Our own registry of running handlers.
+
+grpc.aio's `stop(grace)` does not wait for the `finally` of handlers that it aborts (grpc #37239), and its
+own concurrency limit may queue instead of refusing (grpc #30424). Both are done here.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+from services.mesh.errors import ConcurrencyLimit
+
+
+class RunningCalls:
+    """The calls being served by this process, over all its edges."""
+
+    def __init__(self, max_calls: int) -> None:
+        self._max_calls = max_calls
+        self._tasks: set[asyncio.Task[object]] = set()
+        self._empty = asyncio.Event()
+        self._empty.set()
+
+    def __len__(self) -> int:
+        return len(self._tasks)
+
+    @contextmanager
+    def enter(self) -> Iterator[None]:
+        """Registers the present task. Raises ConcurrencyLimit at once where all places are taken."""
+        if len(self._tasks) >= self._max_calls:
+            raise ConcurrencyLimit(f"The server runs {self._max_calls} calls, which is its limit.")
+        task = asyncio.current_task()
+        if task is None:
+            raise RuntimeError("a call is served outside of a task")
+        self._tasks.add(task)
+        self._empty.clear()
+        try:
+            yield
+        finally:
+            self._tasks.discard(task)
+            if not self._tasks:
+                self._empty.set()
+
+    async def drain(self, grace_s: float, abort_s: float = 5.0) -> int:
+        """Waits for all calls to end, at most `grace_s`; then cancels the rest and awaits their `finally`,
+        at most `abort_s`. Returns how many were cancelled.
+        """
+        try:
+            await asyncio.wait_for(self._empty.wait(), grace_s)
+        except TimeoutError:
+            pass
+        else:
+            return 0
+        rest = set(self._tasks)
+        for task in rest:
+            task.cancel()
+        if rest:
+            await asyncio.wait(rest, timeout=abort_s)
+        return len(rest)

@@ -1,0 +1,258 @@
+"""The serving side of gRPC: one place for its limits, its keepalive and its way of stopping."""
+
+from __future__ import annotations
+
+import asyncio
+import inspect
+import logging
+from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
+from contextlib import aclosing, asynccontextmanager
+from typing import Any
+from urllib.parse import unquote
+
+import grpc
+from google.protobuf.message import Message
+from grpc_health.v1 import health_pb2_grpc
+from grpc_reflection.v1alpha import reflection
+
+from services.mesh import errors, status, validation
+from services.mesh.context import RequestContext
+from services.mesh.errors import LlmosError
+from services.mesh.health import Health
+from services.mesh.interceptors import REQUEST_ID_KEY, Call, Chain, new_request_id
+from services.mesh.running import RunningCalls
+from services.mesh.settings import ServiceSettings
+from services.mesh.tls import TlsFiles
+
+logger = logging.getLogger(__name__)
+
+HEALTH = "grpc.health.v1.Health"
+INFRASTRUCTURE = ("/grpc.health.v1.Health/", "/grpc.reflection.")
+"""Health and reflection: open to everyone, outside of the chain."""
+
+KEEPALIVE_TIME_MS = 20_000
+"""Clients of the mesh ping at this pace (`channel`); servers allow a faster one and ping as often."""
+
+
+def server_options(settings: ServiceSettings) -> list[tuple[str, Any]]:
+    return [
+        ("grpc.max_receive_message_length", settings.max_message_bytes),
+        ("grpc.max_send_message_length", settings.max_message_bytes),
+        ("grpc.max_metadata_size", settings.max_metadata_bytes),
+        ("grpc.absolute_max_metadata_size", settings.max_metadata_bytes),
+        ("grpc.max_concurrent_streams", min(settings.max_concurrent_calls + 64, 2**31 - 1)),
+        ("grpc.keepalive_time_ms", KEEPALIVE_TIME_MS),
+        ("grpc.keepalive_timeout_ms", 10_000),
+        ("grpc.keepalive_permit_without_calls", 1),
+        ("grpc.http2.min_ping_interval_without_data_ms", 5_000),
+        ("grpc.http2.max_ping_strikes", 3),
+        # An aged connection is closed gently, so that clients look for new replicas.
+        ("grpc.max_connection_age_ms", 30 * 60_000),
+        ("grpc.max_connection_age_grace_ms", int(settings.max_call_s * 1000)),
+        ("grpc.server_handshake_timeout_ms", 10_000),
+        # Two processes on one port would split its calls.
+        ("grpc.so_reuseport", 0),
+    ]
+
+
+class GrpcServer:
+    """A gRPC edge. `add` services, `start`, later `drain`."""
+
+    def __init__(
+        self,
+        settings: ServiceSettings,
+        *,
+        chain: Chain,
+        running: RunningCalls,
+        health: Health,
+        validate: bool = True,
+    ) -> None:
+        """`validate=False` leaves the rules of the protos to a service that records refusals itself."""
+        self._settings = settings
+        self._health = health
+        self._running = running
+        self._names: list[str] = [HEALTH, reflection.SERVICE_NAME]
+        self._tls = TlsFiles.of(settings)
+        handlers = _ChainInterceptor(chain, write_timeout_s=settings.write_timeout_s, validate=validate)
+        self._server = grpc.aio.server(interceptors=[handlers], options=server_options(settings))
+        health_pb2_grpc.add_HealthServicer_to_server(health.servicer, self._server)
+        self._probes: grpc.aio.Server | None = None
+        self.ports: dict[str, int] = {}
+
+    async def add(self, register: Callable[[Any, Any], None], servicer: object, service_name: str) -> None:
+        """`register` is the generated `add_…_to_server`."""
+        register(servicer, self._server)
+        self._names.append(service_name)
+        await self._health.add_service(service_name)
+
+    async def start(self) -> None:
+        """Opens the listeners. Raises OSError with a sentence where a port is taken."""
+        reflection.enable_server_reflection(self._names, self._server)
+        host = self._settings.listen_host
+        self.ports["grpc"] = _bind(self._server, host, self._settings.grpc_port, self._tls)
+        if self._settings.probe_port is not None:
+            self._probes = grpc.aio.server(maximum_concurrent_rpcs=16)
+            health_pb2_grpc.add_HealthServicer_to_server(self._health.servicer, self._probes)
+            self.ports["probe"] = _bind(self._probes, host, self._settings.probe_port, None)
+            await self._probes.start()
+        await self._server.start()
+
+    async def drain(self, grace_s: float) -> None:
+        """Stops accepting (clients are told by GOAWAY), lets running calls finish, cancels the rest."""
+        stopping = asyncio.create_task(self._server.stop(grace_s))
+        cancelled = await self._running.drain(grace_s)
+        if cancelled:
+            logger.warning("cancelled %d calls that outlasted the drain's grace of %g s", cancelled, grace_s)
+        # What is left are health watchers and reflection; they need no grace.
+        await self._server.stop(0)
+        await stopping
+
+    async def close_probes(self) -> None:
+        if self._probes is not None:
+            await self._probes.stop(0)
+
+
+def _bind(server: grpc.aio.Server, host: str, port: int, tls: TlsFiles | None) -> int:
+    address = f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
+    try:
+        if tls is not None:
+            bound = server.add_secure_port(address, tls.server_credentials())
+        else:
+            bound = server.add_insecure_port(address)
+    except RuntimeError as error:
+        raise OSError(f"cannot listen on {address}: the port is taken, or may not be used") from error
+    return bound
+
+
+class _ChainInterceptor(grpc.aio.ServerInterceptor):
+    """Puts the chain around every handler.
+
+    The wrappers of streams are plain coroutines that write, not generators: so a timeout or an error in a
+    link and one in a write surface in the same place.
+    """
+
+    def __init__(self, chain: Chain, *, write_timeout_s: float, validate: bool) -> None:
+        self._chain = chain
+        self._write_timeout_s = write_timeout_s
+        self._validate = validate
+
+    async def intercept_service(
+        self,
+        continuation: Callable[[grpc.HandlerCallDetails], Awaitable[grpc.RpcMethodHandler[Any, Any] | None]],
+        details: grpc.HandlerCallDetails,
+    ) -> grpc.RpcMethodHandler[Any, Any] | None:
+        handler = await continuation(details)
+        method = details.method
+        if handler is None or method.startswith(INFRASTRUCTURE):
+            return handler
+        metadata = dict(details.invocation_metadata or ())
+        arguments = {
+            "request_deserializer": handler.request_deserializer,
+            "response_serializer": handler.response_serializer,
+        }
+        if handler.unary_unary:
+            return grpc.unary_unary_rpc_method_handler(
+                self._unary(method, metadata, handler.unary_unary), **arguments
+            )
+        if handler.unary_stream:
+            return grpc.unary_stream_rpc_method_handler(
+                self._stream(method, metadata, handler.unary_stream), **arguments
+            )
+        if handler.stream_unary:
+            return grpc.stream_unary_rpc_method_handler(
+                self._unary(method, metadata, handler.stream_unary), **arguments
+            )
+        if handler.stream_stream is None:
+            raise TypeError(f"{method} has none of the four arities")
+        return grpc.stream_stream_rpc_method_handler(
+            self._stream(method, metadata, handler.stream_stream), **arguments
+        )
+
+    def _unary(
+        self, method: str, metadata: Mapping[str, Any], behaviour: Callable[..., Any]
+    ) -> Callable[..., Any]:
+        async def serve(request: Any, servicer_context: Any) -> Any:
+            async with self._around(method, metadata, servicer_context) as call:
+                self._check(request)
+                response = await behaviour(request, servicer_context)
+                await _send_headers(call, servicer_context)
+                return response
+
+        return serve
+
+    def _stream(
+        self, method: str, metadata: Mapping[str, Any], behaviour: Callable[..., Any]
+    ) -> Callable[..., Any]:
+        async def serve(request: Any, servicer_context: Any) -> None:
+            async with self._around(method, metadata, servicer_context) as call:
+                self._check(request)
+                if not inspect.isasyncgenfunction(behaviour):
+                    await behaviour(request, servicer_context)
+                    return
+                first = True
+                async with aclosing(behaviour(request, servicer_context)) as responses:
+                    async for response in responses:
+                        if first:
+                            # Not sooner: the first header commits a call, after which it is not retried.
+                            await _send_headers(call, servicer_context)
+                            first = False
+                        await self._write(servicer_context, response)
+
+        return serve
+
+    def _check(self, request: object) -> None:
+        if self._validate and isinstance(request, Message):
+            validation.validate(request)
+
+    async def _write(self, servicer_context: Any, response: object) -> None:
+        try:
+            async with asyncio.timeout(self._write_timeout_s) as timeout:
+                await servicer_context.write(response)
+        except TimeoutError as error:
+            if not timeout.expired():
+                raise
+            raise errors.ReaderStalled(
+                f"The reader took nothing for {self._write_timeout_s:g} s, so the stream was ended."
+            ) from error
+
+    @asynccontextmanager
+    async def _around(
+        self, method: str, metadata: Mapping[str, Any], servicer_context: Any
+    ) -> AsyncIterator[Call]:
+        call = Call(
+            RequestContext(new_request_id(), method, source_address(servicer_context.peer())),
+            metadata,
+            servicer_context.time_remaining(),
+        )
+        try:
+            async with self._chain.around(call):
+                yield call
+        except LlmosError as error:
+            await _abort(servicer_context, error, call)
+
+
+async def _abort(servicer_context: Any, error: LlmosError, call: Call) -> None:
+    details = status.to_status(error, call.context.request_id)
+    servicer_context.set_trailing_metadata(
+        (*_identifying(call), (status.DETAILS_KEY, details.SerializeToString()))
+    )
+    await servicer_context.abort(status.code_of(error), details.message)
+
+
+def _identifying(call: Call) -> tuple[tuple[str, str], ...]:
+    pairs = ((REQUEST_ID_KEY, call.context.request_id), ("x-trace-id", call.context.trace_id))
+    return tuple(pair for pair in pairs if pair[1])
+
+
+async def _send_headers(call: Call, servicer_context: Any) -> None:
+    await servicer_context.send_initial_metadata(_identifying(call))
+
+
+def source_address(peer: str) -> str:
+    """The address in gRPC's notation of a peer, such as `ipv4:127.0.0.1:4711`, without the port."""
+    kind, _, rest = unquote(peer).partition(":")
+    if kind == "ipv6":
+        return rest.rpartition(":")[0].strip("[]")
+    if kind == "ipv4":
+        return rest.rpartition(":")[0]
+    return kind

@@ -1,0 +1,175 @@
+"""Traces and metrics (OpenTelemetry), from the first call on.
+
+Traces and metrics go to an OTLP endpoint where one is set; metrics can always be read by Prometheus on
+the process's metrics port. W3C trace context crosses gRPC in metadata and Kafka in headers. A consumer
+of Kafka links to the span that it comes from, and does not nest under it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+
+import prometheus_client
+from opentelemetry import metrics, propagate, trace
+from opentelemetry.context import Context
+from opentelemetry.exporter.otlp.proto.grpc.metric_exporter import OTLPMetricExporter
+from opentelemetry.exporter.otlp.proto.grpc.trace_exporter import OTLPSpanExporter
+from opentelemetry.exporter.prometheus import PrometheusMetricReader
+from opentelemetry.sdk.metrics import MeterProvider
+from opentelemetry.sdk.metrics.export import MetricReader, PeriodicExportingMetricReader
+from opentelemetry.sdk.metrics.view import ExplicitBucketHistogramAggregation, View
+from opentelemetry.sdk.resources import Resource
+from opentelemetry.sdk.trace import TracerProvider
+from opentelemetry.sdk.trace.export import BatchSpanProcessor
+from opentelemetry.sdk.trace.sampling import ParentBased, TraceIdRatioBased
+from opentelemetry.trace import Link, Span, SpanKind, StatusCode
+
+from services.mesh.context import RequestContext
+from services.mesh.errors import Status
+from services.mesh.settings import ServiceSettings
+
+__all__ = ["NO_SPAN", "Span", "Telemetry", "consumer_span", "inject", "inject_kafka", "server_span"]
+
+NO_SPAN = trace.INVALID_SPAN
+
+_tracer = trace.get_tracer("llmos")
+_meter = metrics.get_meter("llmos")
+
+# Buckets of the semantic conventions for durations in seconds.
+_SECONDS = (0.005, 0.01, 0.025, 0.05, 0.075, 0.1, 0.25, 0.5, 0.75, 1, 2.5, 5, 7.5, 10, 30, 60, 300)
+
+call_duration = _meter.create_histogram(
+    "rpc.server.duration", unit="s", description="Duration of calls, with their status."
+)
+calls_running = _meter.create_up_down_counter("llmos.calls.running", description="Calls being served.")
+
+# Statuses that are the server's fault; the others are the caller's and leave a span unset.
+_SERVER_FAULTS = frozenset(
+    {Status.UNKNOWN, Status.INTERNAL, Status.DATA_LOSS, Status.UNAVAILABLE, Status.UNIMPLEMENTED}
+)
+
+
+class Telemetry:
+    """The providers of this process; a component of the app."""
+
+    def __init__(self, settings: ServiceSettings) -> None:
+        self._settings = settings
+        resource = Resource.create(
+            {
+                "service.namespace": "llmos",
+                "service.name": f"llmos-{settings.service}",
+                "service.instance.id": settings.name,
+            }
+        )
+        endpoint = settings.otlp_endpoint
+        self._tracers = TracerProvider(
+            resource=resource, sampler=ParentBased(TraceIdRatioBased(settings.trace_sample_ratio))
+        )
+        readers: list[MetricReader] = [PrometheusMetricReader()]
+        if endpoint:
+            insecure = endpoint.startswith("http://")
+            self._tracers.add_span_processor(
+                BatchSpanProcessor(
+                    OTLPSpanExporter(endpoint=endpoint, insecure=insecure, timeout=5),
+                    schedule_delay_millis=500,
+                )
+            )
+            readers.append(
+                PeriodicExportingMetricReader(
+                    OTLPMetricExporter(endpoint=endpoint, insecure=insecure, timeout=5)
+                )
+            )
+        view = View(instrument_name="*.duration", aggregation=ExplicitBucketHistogramAggregation(_SECONDS))
+        self._meters = MeterProvider(resource=resource, metric_readers=readers, views=[view])
+        trace.set_tracer_provider(self._tracers)
+        metrics.set_meter_provider(self._meters)
+        self.ports: dict[str, int] = {}
+        self._close: Callable[[], None] | None = None
+
+    async def start(self) -> None:
+        """Opens the metrics port. Raises OSError with a sentence where it is taken."""
+        host, port = self._settings.listen_host, self._settings.metrics_port
+        try:
+            server, thread = prometheus_client.start_http_server(port, addr=host)
+        except OSError as error:
+            raise OSError(f"cannot listen on {host}:{port} for metrics: {error.strerror}") from error
+        self.ports["metrics"] = server.server_port
+
+        def close() -> None:
+            server.shutdown()
+            server.server_close()
+            thread.join(2)
+
+        self._close = close
+
+    async def stop(self) -> None:
+        if self._close:
+            self._close()
+        self._tracers.force_flush(2_000)
+        self._tracers.shutdown()
+        self._meters.shutdown(2_000)
+
+
+@contextmanager
+def server_span(
+    context: RequestContext, metadata: Mapping[str, str | bytes], protocol: str
+) -> Iterator[Span]:
+    """A SERVER span, child of the caller's where `metadata` carries one. Fills `context.trace_id`."""
+    carrier = {key: value for key, value in metadata.items() if isinstance(value, str)}
+    parent: Context = propagate.extract(carrier)
+    service, _, method = context.method.strip("/").partition("/")
+    with _tracer.start_as_current_span(
+        context.method.strip("/"),
+        context=parent,
+        kind=SpanKind.SERVER,
+        attributes={
+            "rpc.system": protocol,
+            "rpc.service": service,
+            "rpc.method": method,
+            "client.address": context.source_address,
+            "llmos.request_id": context.request_id,
+        },
+        record_exception=False,
+        set_status_on_exception=False,
+    ) as span:
+        found = span.get_span_context()
+        context.trace_id = trace.format_trace_id(found.trace_id) if found.is_valid else ""
+        # The id may change when a service adopts the gateway's; it is set again at the end.
+        yield span
+
+
+def call_ended(span: Span, method: str, protocol: str, status: Status, duration_s: float) -> None:
+    """Records a call's end on its span and in the metrics."""
+    span.set_attribute("rpc.grpc.status_code", int(status))
+    if status in _SERVER_FAULTS:
+        span.set_status(StatusCode.ERROR, status.name)
+    call_duration.record(
+        duration_s, {"rpc.method": method, "rpc.system": protocol, "rpc.grpc.status_code": status.name}
+    )
+
+
+def inject() -> list[tuple[str, str]]:
+    """The current trace context as metadata for an outgoing call."""
+    carrier: dict[str, str] = {}
+    propagate.inject(carrier)
+    return list(carrier.items())
+
+
+def inject_kafka() -> list[tuple[str, bytes]]:
+    """The current trace context as Kafka headers; keep it with an event that is sent later."""
+    return [(key, value.encode()) for key, value in inject()]
+
+
+@contextmanager
+def consumer_span(
+    name: str, headers: Sequence[tuple[str, bytes]], attributes: Mapping[str, str | int]
+) -> Iterator[Span]:
+    """A CONSUMER span of its own trace, linked to the one that the message's headers carry."""
+    carrier = {key: value.decode("ascii", "replace") for key, value in headers}
+    origin = trace.get_current_span(propagate.extract(carrier)).get_span_context()
+    links = [Link(origin)] if origin.is_valid else []
+    with _tracer.start_as_current_span(
+        name, context=Context(), kind=SpanKind.CONSUMER, links=links, attributes=dict(attributes)
+    ) as span:
+        yield span
