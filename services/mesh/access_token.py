@@ -1,0 +1,194 @@
+"""The one form of access token that this platform makes and takes, checked before any cryptography.
+
+A JWT of the RFC 9068 profile: compact JWS, header of exactly `alg`, `typ` and `kid`, signed with Ed25519
+(the fully specified name of RFC 9864; the older `EdDSA` is refused). The checks here are strict on
+purpose: a verifier that takes one form only has no room for confusion of algorithms, for keys or
+addresses of keys inside the token, or for two readings of one JSON text. Every fault is a
+`CredentialInvalid` that says what was wrong and repeats nothing of the token.
+"""
+
+from __future__ import annotations
+
+import base64
+import binascii
+import json
+import re
+from dataclasses import dataclass
+from enum import StrEnum
+from typing import Any, NoReturn
+
+from services.mesh.errors import CredentialInvalid
+
+ALGORITHM = "Ed25519"
+TYPE = "at+jwt"
+MAX_TOKEN_BYTES = 8 * 1024
+MAX_HEADER_CHARS = 512
+MAX_LIFETIME_S = 3600
+"""No token lives longer; auth's own setting is bounded by it, and verifiers refuse more."""
+MAX_SCOPES = 64
+SERVICE_PREFIX = "service:"
+"""Begins the client id of the platform's own services; no other client's id can hold a colon."""
+
+_SEGMENT = re.compile(r"[A-Za-z0-9_-]+")
+_SIGNATURE_CHARS = 86  # 64 bytes
+_KID = re.compile(r"[A-Za-z0-9_-]{1,64}")
+_NAME = re.compile(r"[a-z0-9][a-z0-9:-]{0,63}")
+_KEY_ID = re.compile(r"[A-Za-z0-9_-]{1,64}")
+_SCOPE = re.compile(r"[a-z][a-z._-]{0,63}")
+_MAX_TIME = 2**40  # seconds; far beyond any date, and exact as a float
+
+
+class Audience(StrEnum):
+    """Whom a token is for: the `aud` claim."""
+
+    GATEWAY = "llmos-gateway"
+    AUTH = "llmos-auth"
+    INFERENCE = "llmos-inference"
+    LOGGING = "llmos-logging"
+
+
+@dataclass(frozen=True, slots=True)
+class Claims:
+    """What a well-formed payload says. Well-formed is not yet verified."""
+
+    issuer: str
+    audience: str
+    subject: str
+    client_id: str
+    tenant_id: str
+    """Empty for the platform's services, which belong to no tenant."""
+    key_id: str
+    """Empty where no API key was used."""
+    scopes: frozenset[str]
+    token_id: str
+    issued_at: int
+    """Seconds since the epoch, as are the next two."""
+    not_before: int
+    expires_at: int
+
+
+def refuse(why: str) -> NoReturn:
+    """Raises CredentialInvalid with the cause."""
+    raise CredentialInvalid(f"The access token was refused: {why}.")
+
+
+def is_kid(value: object) -> bool:
+    return isinstance(value, str) and _KID.fullmatch(value) is not None
+
+
+def parse_kid(token: str) -> str:
+    """Checks a token's outer form and its header, and returns the id of the key that it names.
+
+    Raises CredentialInvalid. Reads no more than the first `MAX_TOKEN_BYTES` characters.
+    """
+    if len(token) > MAX_TOKEN_BYTES:
+        refuse("it is too long")
+    segments = token.split(".", 3)
+    if len(segments) != 3:
+        refuse("it is not a compact JWS of three segments")
+    header, _, signature = segments
+    if len(header) > MAX_HEADER_CHARS:
+        refuse("its header is too long")
+    if len(signature) != _SIGNATURE_CHARS:
+        refuse("its signature has the wrong length")
+    for segment in segments:
+        if _SEGMENT.fullmatch(segment) is None:
+            refuse("it is not base64url")
+    fields = _parse_object(_decode(header), "header")
+    if fields.keys() != {"alg", "typ", "kid"}:
+        refuse("its header holds other fields than alg, typ and kid")
+    if fields["alg"] != ALGORITHM:
+        refuse("its algorithm is not allowed")
+    if fields["typ"] != TYPE:
+        refuse("its type is not at+jwt")
+    kid = fields["kid"]
+    if not is_kid(kid):
+        refuse("its key id is malformed")
+    return str(kid)
+
+
+def parse_claims(payload: bytes) -> Claims:
+    """Reads a payload whose signature has been verified. Raises CredentialInvalid."""
+    fields = _parse_object(payload, "payload")
+    subject = _text(fields, "sub", _NAME)
+    client_id = _text(fields, "client_id", _NAME)
+    if subject != client_id:  # RFC 9068, section 5: with client credentials the subject is the client
+        refuse("its subject is not its client")
+    is_service = subject.startswith(SERVICE_PREFIX)
+    tenant_id = "" if is_service and "tenant_id" not in fields else _text(fields, "tenant_id", _NAME)
+    key_id = _text(fields, "key_id", _KEY_ID) if "key_id" in fields else ""
+    issued_at = _time(fields, "iat")
+    return Claims(
+        issuer=_text(fields, "iss"),
+        audience=_text(fields, "aud"),
+        subject=subject,
+        client_id=client_id,
+        tenant_id=tenant_id,
+        key_id=key_id,
+        scopes=_scopes(fields),
+        token_id=_text(fields, "jti"),
+        issued_at=issued_at,
+        not_before=_time(fields, "nbf") if "nbf" in fields else issued_at,
+        expires_at=_time(fields, "exp"),
+    )
+
+
+def _text(fields: dict[str, Any], name: str, form: re.Pattern[str] | None = None) -> str:
+    value = fields.get(name)
+    if not isinstance(value, str) or not 0 < len(value) <= 256:
+        refuse(f"its claim {name} is missing or malformed")
+    if form is not None and form.fullmatch(value) is None:
+        refuse(f"its claim {name} is malformed")
+    return str(value)
+
+
+def _time(fields: dict[str, Any], name: str) -> int:
+    value = fields.get(name)
+    # bool is an int in Python; a float could be NaN, and none of ours has a fraction
+    if type(value) is not int or not 0 <= value < _MAX_TIME:
+        refuse(f"its claim {name} is missing or malformed")
+    return int(value)
+
+
+def _scopes(fields: dict[str, Any]) -> frozenset[str]:
+    value = fields.get("scope", "")
+    if not isinstance(value, str):
+        refuse("its claim scope is malformed")
+    if not value:
+        return frozenset()
+    scopes = value.split(" ", MAX_SCOPES)
+    if len(scopes) > MAX_SCOPES or any(_SCOPE.fullmatch(scope) is None for scope in scopes):
+        refuse("its claim scope is malformed")
+    return frozenset(scopes)
+
+
+def _decode(segment: str) -> bytes:
+    try:
+        data = base64.urlsafe_b64decode(segment + "=" * (-len(segment) % 4))
+    except (binascii.Error, ValueError):
+        refuse("it is not base64url")
+    # one text per value: unused bits in the last character must be zero
+    if base64.urlsafe_b64encode(data).rstrip(b"=") != segment.encode("ascii"):
+        refuse("it is not canonical base64url")
+    return data
+
+
+def _parse_object(data: bytes, part: str) -> dict[str, Any]:
+    try:
+        value = json.loads(data.decode("utf-8"), object_pairs_hook=_unique, parse_constant=_no_constant)
+    except (ValueError, RecursionError):
+        refuse(f"its {part} is not JSON")
+    if not isinstance(value, dict):
+        refuse(f"its {part} is not a JSON object")
+    return value
+
+
+def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    fields = dict(pairs)
+    if len(fields) != len(pairs):
+        raise ValueError("a name occurs twice")
+    return fields
+
+
+def _no_constant(_name: str) -> NoReturn:
+    raise ValueError("NaN and Infinity are not JSON")
