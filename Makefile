@@ -46,17 +46,18 @@ certs: run-env ## Make development certificates in .state/certs: a CA, one per s
 ##@ Develop
 
 .PHONY: proto
-proto: $(VENV)/.run ## Generate protos/gen from protos/llmos
+proto: $(VENV)/.run ## Generate protos/gen and docs/api from protos/llmos
 	@$(PY) protos/generate.py
 	@touch protos/gen/.digest
+	@$(PY) protos/reference.py
 
 .PHONY: lint
 lint: dev-env ## Check style, types, contracts and contract changes against main
 	$(VENV)/bin/ruff check .
 	$(VENV)/bin/ruff format --check .
 	$(VENV)/bin/mypy
-	$(VENV)/bin/buf lint protos/gen/llmos.binpb --config buf.yaml
 	$(PY) protos/check.py
+	$(PY) protos/reference.py --check
 
 .PHONY: format
 format: dev-env ## Format the code, and mend what can be mended without thought

@@ -94,14 +94,15 @@ def breaking(root: Path, work: Path, against: str | None) -> int:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
-    parser.add_argument("check", choices=("lint", "breaking"))
+    parser.add_argument("check", choices=("lint", "breaking"), nargs="?", help="which (default: both)")
     parser.add_argument("--against", metavar="REF", help=f"git ref (default: {', else '.join(DEFAULT_REFS)})")
     parser.add_argument("--root", type=Path, default=ROOT, help="what holds llmos/ (default: protos)")
     args = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
         work = Path(folder)
-        code = lint(args.root, work) if args.check == "lint" else breaking(args.root, work, args.against)
-    sys.exit(code)
+        linted = lint(args.root, work) if args.check != "breaking" else 0
+        broken = breaking(args.root, work, args.against) if args.check != "lint" else 0
+    sys.exit(linted or broken)
 
 
 if __name__ == "__main__":
