@@ -10,7 +10,7 @@ import asyncio
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-from services.mesh.errors import ConcurrencyLimit
+from services.mesh.errors import ConcurrencyLimit, Draining
 
 
 class RunningCalls:
@@ -19,6 +19,7 @@ class RunningCalls:
     def __init__(self, max_calls: int) -> None:
         self._max_calls = max_calls
         self._tasks: set[asyncio.Task[object]] = set()
+        self._cut: set[asyncio.Task[object]] = set()
         self._empty = asyncio.Event()
         self._empty.set()
 
@@ -37,14 +38,21 @@ class RunningCalls:
         self._empty.clear()
         try:
             yield
+        except asyncio.CancelledError:
+            if task not in self._cut:
+                raise
+            # A handler that ends as cancelled without its client's doing would leave the client waiting.
+            task.uncancel()
+            raise Draining("The server shut down before the answer was complete.") from None
         finally:
+            self._cut.discard(task)
             self._tasks.discard(task)
             if not self._tasks:
                 self._empty.set()
 
     async def drain(self, grace_s: float, abort_s: float = 5.0) -> int:
         """Waits for all calls to end, at most `grace_s`; then cancels the rest and awaits their `finally`,
-        at most `abort_s`. Returns how many were cancelled.
+        at most `abort_s`. They end with Draining. Returns how many were cancelled.
         """
         try:
             await asyncio.wait_for(self._empty.wait(), grace_s)
@@ -53,6 +61,7 @@ class RunningCalls:
         else:
             return 0
         rest = set(self._tasks)
+        self._cut |= rest
         for task in rest:
             task.cancel()
         if rest:

@@ -147,9 +147,11 @@ class _ChainInterceptor(grpc.aio.ServerInterceptor):
         self._write_timeout_s = write_timeout_s
         self._validate = validate
         self._infrastructure: set[asyncio.Task[Any]] = set()
+        self._stopping = False
 
     def cancel_infrastructure(self) -> None:
         """Ends health watchers and reflection, which would otherwise outlast every drain."""
+        self._stopping = True
         for task in tuple(self._infrastructure):
             task.cancel()
 
@@ -234,6 +236,10 @@ class _ChainInterceptor(grpc.aio.ServerInterceptor):
             self._infrastructure.add(task)
             try:
                 await _forward(behaviour, request, servicer_context)
+            except asyncio.CancelledError:
+                if self._stopping:
+                    await servicer_context.abort(grpc.StatusCode.UNAVAILABLE, "The server is shutting down.")
+                raise
             finally:
                 self._infrastructure.discard(task)
 

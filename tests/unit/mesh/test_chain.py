@@ -10,6 +10,7 @@ from typing import Any
 import grpc
 import pytest
 from google.rpc import error_details_pb2
+from grpc_health.v1 import health_pb2, health_pb2_grpc
 from grpc_status import rpc_status
 
 from services.mesh import context as request_context
@@ -122,9 +123,12 @@ class Harness:
         call = getattr(self.channel, arity if arity in ARITIES else "unary_unary")(path)(
             request, timeout=timeout_s, metadata=metadata
         )
-        if arity.endswith("stream"):
-            return [response async for response in call], call
-        return [await call], call
+        try:
+            if arity.endswith("stream"):
+                return [response async for response in call], call
+            return [await call], call
+        finally:
+            call.cancel()
 
 
 def reason(error: grpc.aio.AioRpcError) -> str:
@@ -291,10 +295,20 @@ async def test_a_drain_lets_calls_finish_and_awaits_what_it_cancels(tmp_path: Pa
         harness.behaviour.act = act
         task = asyncio.create_task(refused(harness, arity))
         await asyncio.wait_for(begun.wait(), 5)
-        await harness.server.drain(0.1)
+        await asyncio.wait_for(harness.server.drain(0.1), 2)
         assert cleaned.is_set()
         assert len(harness.running) == 0
-        await task
+        assert reason(await task) == "DRAINING"
+
+
+async def test_a_health_watcher_does_not_hold_up_the_drain(tmp_path: Path) -> None:
+    async with Harness(tmp_path) as harness:
+        await harness.health.started()
+        watch = health_pb2_grpc.HealthStub(harness.channel).Watch(health_pb2.HealthCheckRequest())
+        assert (await watch.read()).status == health_pb2.HealthCheckResponse.SERVING
+        await harness.health.drain()
+        assert (await watch.read()).status == health_pb2.HealthCheckResponse.NOT_SERVING
+        await asyncio.wait_for(harness.server.drain(30), 2)
 
 
 async def test_a_reader_that_takes_nothing_loses_its_stream(tmp_path: Path) -> None:
