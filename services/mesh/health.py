@@ -7,6 +7,10 @@ from collections.abc import Iterable
 from grpc_health.v1 import health_pb2
 from grpc_health.v1._async import HealthServicer
 
+LIVENESS = "liveness"
+"""A health name that serves as long as the process answers at all, whatever it waits for: a supervisor that
+restarts by it does not restart a process for the loss of another one."""
+
 _SERVING = health_pb2.HealthCheckResponse.SERVING
 _NOT_SERVING = health_pb2.HealthCheckResponse.NOT_SERVING
 
@@ -65,3 +69,4 @@ class Health:
         status = _SERVING if self.ready else _NOT_SERVING
         for name in self._services:
             await self.servicer.set(name, status)
+        await self.servicer.set(LIVENESS, _SERVING)
