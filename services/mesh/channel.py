@@ -95,18 +95,23 @@ class Channel(grpc.aio.Channel):
 
     def inner(self) -> grpc.aio.Channel:
         """The connection in force, opened where there is none or the certificates are new."""
+        if self._tls is not None and self._clock.monotonic() - self._tls_checked_s > TLS_CHECK_INTERVAL_S:
+            self.check_certificates()
         if self._inner is None:
             self._inner = self._open()
-        elif self._tls is not None and self._clock.monotonic() - self._tls_checked_s > TLS_CHECK_INTERVAL_S:
+        return self._inner
+
+    def check_certificates(self) -> None:
+        """Makes the next call open a new connection where the certificates have changed on disk."""
+        if self._tls is not None:
             self._tls_checked_s = self._clock.monotonic()
             self._tls.load()
-            if self._tls.version != self._tls_version:
+            if self._inner is not None and self._tls.version != self._tls_version:
                 # Calls that run finish on the old connection.
                 closing = asyncio.ensure_future(self._inner.close(grace=600))
                 self._closing.add(closing)
                 closing.add_done_callback(self._closing.discard)
-                self._inner = self._open()
-        return self._inner
+                self._inner = None
 
     def _open(self) -> grpc.aio.Channel:
         if self._tls is None:

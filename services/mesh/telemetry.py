@@ -135,7 +135,6 @@ def server_span(
     ) as span:
         found = span.get_span_context()
         context.trace_id = trace.format_trace_id(found.trace_id) if found.is_valid else ""
-        # The id may change when a service adopts the gateway's; it is set again at the end.
         yield span
 
 
