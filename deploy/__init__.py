@@ -1,0 +1,1 @@
+"""How llmos is run: `dev` on one machine, `images` and `helm` on a cluster."""
