@@ -66,6 +66,8 @@ class ManualClock:
 
     async def advance(self, duration_s: float) -> None:
         """Moves time on, and gives everything that falls due a chance to run."""
+        for _ in range(3):  # tasks that were just made begin to sleep now, not later
+            await asyncio.sleep(0)
         end_s = self._elapsed_s + duration_s
         while self._sleepers and self._sleepers[0][0] <= end_s:
             due_s, _, future = heapq.heappop(self._sleepers)

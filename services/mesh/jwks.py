@@ -26,7 +26,7 @@ from services.mesh.errors import DependencyUnavailable, LlmosError
 log = logging.getLogger(__name__)
 
 MAX_JWKS_CHARS = 64 * 1024
-MAX_KEYS = 32
+MAX_KEYS = 100
 FIRST_RETRY_S = 1.0
 
 

@@ -23,7 +23,6 @@ from google.protobuf.message import DecodeError
 from joserfc import jws
 from joserfc.errors import JoseError
 from joserfc.jwk import OKPKey
-from llmos.common.v1 import identity_pb2
 
 from services.mesh.access_token import (
     ALGORITHM,
@@ -37,6 +36,7 @@ from services.mesh.access_token import (
     parse_kid,
     refuse,
 )
+from services.mesh.channel import IDENTITY_KEY, unpack_identity
 from services.mesh.clock import Clock
 from services.mesh.context import Caller, Identity
 from services.mesh.errors import (
@@ -66,7 +66,6 @@ log = logging.getLogger(__name__)
 
 LEEWAY_S = 5.0
 """How far the clocks of two machines may differ."""
-IDENTITY_KEY = "llmos-identity-bin"
 GATEWAY = f"{SERVICE_PREFIX}gateway"
 
 
@@ -218,14 +217,14 @@ def asserted_identity(metadata: Mapping[str, str | bytes], verified: VerifiedTok
     if not isinstance(value, bytes):
         raise CredentialInvalid("The asserted identity is malformed.")
     try:
-        message = identity_pb2.Identity.FromString(value)
+        identity = unpack_identity(value)
     except DecodeError:
         raise CredentialInvalid("The asserted identity is malformed.") from None
     # the rules of identity.proto, by hand: this is on the path of every call
-    names = (message.tenant_id, message.client_id)
-    if not all(0 < len(name) <= 64 for name in names) or len(message.scopes) > MAX_SCOPES:
+    names = (identity.tenant_id, identity.client_id)
+    if not all(0 < len(name) <= 64 for name in names) or len(identity.scopes) > MAX_SCOPES:
         raise CredentialInvalid("The asserted identity is malformed.")
-    return Identity(message.tenant_id, message.client_id, message.key_id, frozenset(message.scopes))
+    return identity
 
 
 class ServiceAuthenticator:

@@ -285,7 +285,9 @@ class TestServiceAuthenticator:
             "text",
             identity_pb2.Identity(tenant_id="acme").SerializeToString(),
             identity_pb2.Identity(tenant_id="a" * 65, client_id="app").SerializeToString(),
-            identity_pb2.Identity(tenant_id="a", client_id="b", scopes=["s"] * 65).SerializeToString(),
+            identity_pb2.Identity(
+                tenant_id="a", client_id="b", scopes=[f"s{n}" for n in range(65)]
+            ).SerializeToString(),
         ],
     )
     async def test_a_malformed_assertion_is_refused(self, value: bytes | str) -> None:

@@ -1,0 +1,1 @@
+"""Implementations of the port in `services.auth.store`."""
