@@ -1,0 +1,29 @@
+{{/* Combinations that cannot work end the rendering with a sentence. */}}
+
+{{- define "llmos.check" -}}
+{{- if not .Values.kafka.bootstrapServers -}}
+{{- fail "kafka.bootstrapServers is required: the host:port of your Kafka, which this chart does not install." -}}
+{{- end -}}
+{{- if and (not .Values.tls.enabled) (not .Values.tls.allowPlaintext) -}}
+{{- fail "tls.enabled is false: set tls.allowPlaintext to true as well if the network itself encrypts, as a service mesh does." -}}
+{{- end -}}
+{{- if and .Values.tls.enabled .Values.tls.allowPlaintext -}}
+{{- fail "tls.enabled and tls.allowPlaintext exclude each other: set one of them to false." -}}
+{{- end -}}
+{{- range $service := list "gateway" "auth" "inference" "logging" -}}
+{{- $made := splitList "," (include "llmos.madeSettings" $) -}}
+{{- range $name, $value := (index $.Values $service).settings -}}
+{{- if has $name $made -}}
+{{- fail (printf "%s.settings.%s is made by the chart: change the value that it comes from instead." $service $name) -}}
+{{- end -}}
+{{- if regexMatch "(secret|password|token|api_key)$" $name -}}
+{{- fail (printf "%s.settings.%s: secrets do not belong into values; use the setting that names a file." $service $name) -}}
+{{- end -}}
+{{- end -}}
+{{- end -}}
+{{- end -}}
+
+{{/* The settings that the chart makes, for any service. */}}
+{{- define "llmos.madeSettings" -}}
+allow_plaintext,auth_target,drain_delay_s,drain_grace_s,grpc_port,http_port,inference_targets,instance,issuer,kafka_bootstrap_servers,kafka_topic_prefix,key_encryption_key_file,listen_host,load_timeout_s,log_format,log_level,logging_target,metrics_port,models_dir,otlp_endpoint,probe_port,service_secret_file,service_secrets_dir,state_dir,tls_ca_file,tls_cert_file,tls_key_file,trace_sample_ratio
+{{- end -}}
