@@ -14,7 +14,8 @@ may lose everything, at any step. What holds the way together:
 - The intents of a producer that has fallen silent are closed by logging (`SilenceWatch`), and its epoch is
   fenced: should it live after all, it begins another one.
 - An intent that is open in the store although its spool has settled it has lost its outcome, which takes a
-  store restored from a backup; logging closes it as well (`may_settle`).
+  power loss that took the end of the spool, or a store restored from a backup; logging closes it as well
+  (`may_settle`).
 
 The spool, the relay, the consumer and the store use these classes; so does the model that
 tests/unit/test_audit_protocol_model.py runs through seeded crashes, wipes and partitions.

@@ -8,7 +8,7 @@ ever changes.
 from __future__ import annotations
 
 import copy
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from services.mesh.audit_protocol import (
     HeldEpoch,
@@ -54,6 +54,16 @@ class Spool:
     events: dict[Place, Event] = field(default_factory=dict)
     open: dict[str, Place] = field(default_factory=dict)
 
+    history: list[Spool] = field(default_factory=list)
+    """As it was after the beginning of its life, which is durable at once, and after each commit since."""
+
+    keeps_history: bool = False
+
+    def commit(self) -> None:
+        if not self.keeps_history:
+            return
+        self.history.append(replace(self, events=dict(self.events), open=dict(self.open), history=[]))
+
     def append(self, event: Event) -> None:
         self.last += 1
         place = Place(self.epoch, self.last)
@@ -72,6 +82,8 @@ class Spool:
         self.begin_epoch(self.epoch + 1)
         for request_id in list(self.open):
             self.append(Event(request_id, ABORTED))
+        self.history.clear()
+        self.commit()
 
     def report(self) -> ProducerReport:
         held: dict[int, list[int]] = {}
@@ -153,9 +165,10 @@ class Store:
 
 
 class ModelWorld:
-    """All of it, in one place."""
+    """All of it, in one place. `power_loss` needs a world that `keeps_history`, which is slower."""
 
-    def __init__(self) -> None:
+    def __init__(self, keeps_history: bool = False) -> None:
+        self._keeps_history = keeps_history
         self._now_s = 0.0
         self._names = 0
         self._spools: dict[int, Spool] = {}
@@ -171,7 +184,9 @@ class ModelWorld:
     async def open(self, gateway: int) -> None:
         if gateway not in self._spools:
             self._names += 1
-            self._spools[gateway] = Spool(f"gateway-{gateway}-{self._names}")
+            self._spools[gateway] = Spool(
+                f"gateway-{gateway}-{self._names}", keeps_history=self._keeps_history
+            )
             self._owners[self._spools[gateway].producer] = gateway
         self._spools[gateway].begin_life()
         self._plans[gateway] = PublishPlan()
@@ -182,14 +197,27 @@ class ModelWorld:
     async def lose(self, gateway: int) -> None:
         self._spools.pop(gateway, None)
 
+    async def power_loss(self, gateway: int, share: float) -> set[str]:
+        await self.crash(gateway)
+        spool = self._spools[gateway]
+        left = spool.history[int(len(spool.history) * share)]
+        gone = {event.request_id for place, event in spool.events.items() if place not in left.events}
+        # An intent may have been written, answered and trimmed since.
+        gone |= set(spool.open) ^ set(left.open)
+        self._spools[gateway] = replace(left, events=dict(left.events), open=dict(left.open), history=[])
+        return gone
+
     async def start(self, gateway: int, request_id: str) -> None:
         self._spools[gateway].append(Event(request_id))
+        self._spools[gateway].commit()
 
     async def end(self, gateway: int, request_id: str, outcome: str) -> None:
         self._spools[gateway].append(Event(request_id, outcome))
+        self._spools[gateway].commit()
 
     async def note(self, gateway: int, number: int) -> None:
         self._spools[gateway].append(Event(note=number))
+        self._spools[gateway].commit()
 
     async def publish(self, gateway: int, limit: int, fate: Fate) -> None:
         spool, plan = self._spools[gateway], self._plans[gateway]
@@ -225,6 +253,8 @@ class ModelWorld:
             self._judge_trim(spool.producer, place, spool.events.pop(place))
         if epoch is not None:
             spool.begin_epoch(epoch)
+            spool.history.clear()
+        spool.commit()
         plan.confirmed(min(spool.events, default=None), self._now_s)
 
     def _heard(self, producer: str) -> None:

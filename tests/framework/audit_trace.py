@@ -55,6 +55,12 @@ class World(Protocol):
     async def lose(self, gateway: int) -> None:
         """The spool is gone; the index gets a new one when opened again."""
 
+    async def power_loss(self, gateway: int, share: float) -> set[str]:
+        """A crash that takes the machine along: a share of what was committed in this life is gone.
+
+        Returns the requests whose events are among that.
+        """
+
     async def start(self, gateway: int, request_id: str) -> None: ...
     async def end(self, gateway: int, request_id: str, outcome: str) -> None: ...
     async def note(self, gateway: int, number: int) -> None:
@@ -102,6 +108,7 @@ class Director:
     seed: int
     world: World
     with_store_wipes: bool = False
+    with_power_loss: bool = False
     steps: int = 70
     rng: random.Random = field(init=False)
     alive: set[int] = field(default_factory=set)
@@ -110,6 +117,8 @@ class Director:
     life: list[int] = field(default_factory=lambda: [0] * GATEWAYS)
     lost_lives: set[tuple[int, int]] = field(default_factory=set)
     noted: dict[int, tuple[int, int]] = field(default_factory=dict)
+    uncertain: set[str] = field(default_factory=set)
+    """Requests whose events a power loss took from a spool."""
     cut: set[str] = field(default_factory=set)
     store_wiped: bool = False
     wiped_at: int = 0
@@ -134,7 +143,11 @@ class Director:
             "crash": 3, "open": 8, "lose": 1, "land_delayed": 3, "duplicate": 3, "wipe_broker": 1,
             "restart_store": 2, "check": 3, "advance": 4, "cut": 2, "mend": 3,
         }  # fmt: skip
-        return weights | ({"wipe_store": 1} if self.with_store_wipes else {})
+        if self.with_store_wipes:
+            weights["wipe_store"] = 1
+        if self.with_power_loss:
+            weights["power_loss"] = 3
+        return weights
 
     async def step(self, kind: str) -> None:
         rng = self.rng
@@ -161,6 +174,15 @@ class Director:
         await self.world.lose(gateway)
         self.lost_lives.add((gateway, self.life[gateway]))
         self.life[gateway] += 1
+
+    async def _power_loss(self, gateway: int, share: float, *_: float) -> str | None:
+        if gateway not in self.alive:
+            return None
+        gone = await self.world.power_loss(gateway, share)
+        self.uncertain |= gone
+        self.alive.discard(gateway)
+        self.running[gateway] = []
+        return " ".join(sorted(gone))
 
     async def _start(self, gateway: int, *_: float) -> str | None:
         if gateway not in self.alive:
@@ -298,6 +320,8 @@ class Director:
         for index, (request_id, truth) in enumerate(self.truth.items()):
             if (truth.gateway, truth.life) in self.lost_lives or index < self.wiped_at:
                 continue
+            if request_id in self.uncertain:
+                continue
             found = records.get(request_id)
             assert found is not None, f"{request_id} is missing"
             if found.closed_by_logging:
@@ -308,8 +332,9 @@ class Director:
         assert len(stored) == len(set(stored)), "a note is stored twice"
         if not self.store_wiped:
             kept = {n for n, life in self.noted.items() if life not in self.lost_lives}
-            assert kept <= set(stored), f"notes are missing: {kept - set(stored)}"
-            assert await self.world.settled_by_logging() == 0, "an outcome was taken for lost"
+            if not self.with_power_loss:
+                assert kept <= set(stored), f"notes are missing: {kept - set(stored)}"
+                assert await self.world.settled_by_logging() == 0, "an outcome was taken for lost"
 
 
 async def play(make: Callable[[], World], seeds: Iterable[int], **settings: bool | int) -> int:

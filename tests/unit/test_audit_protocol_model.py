@@ -11,7 +11,7 @@ from tests.framework import audit_model
 from tests.framework.audit_model import ModelWorld, Spool
 from tests.framework.audit_trace import play
 
-RUNS = 1500
+RUNS = 1000
 
 
 def seeds(count: int) -> range:
@@ -29,7 +29,12 @@ async def test_r27_long_lives() -> None:
 
 
 async def test_r27_a_wiped_store_ends_without_open_requests_and_is_right_from_then_on() -> None:
-    assert await play(ModelWorld, seeds(500), with_store_wipes=True, steps=120) == 500
+    assert await play(ModelWorld, seeds(300), with_store_wipes=True, steps=120) == 300
+
+
+async def test_r27_power_loss_takes_the_last_commits_and_leaves_nothing_open() -> None:
+    runs = await play(lambda: ModelWorld(keeps_history=True), seeds(300), with_power_loss=True, steps=120)
+    assert runs == 300
 
 
 async def test_r27_seeds_that_once_mattered() -> None:
@@ -89,6 +94,10 @@ FAULTS = {
 async def test_the_model_finds_planted_faults(fault: str, monkeypatch: pytest.MonkeyPatch) -> None:
     where, name, broken = FAULTS[fault]
     monkeypatch.setattr(where, name, broken)
-    with pytest.raises(AssertionError, match="seed"):
+
+    async def all_kinds() -> None:
         await play(ModelWorld, range(400), steps=120)
         await play(ModelWorld, range(400), with_store_wipes=True, steps=250)
+
+    with pytest.raises(AssertionError, match="seed"):
+        await all_kinds()
