@@ -28,13 +28,14 @@ LOGGING = (
     "-Dorg.slf4j.simpleLogger.showDateTime=true",
     "-Dorg.slf4j.simpleLogger.dateTimeFormat=yyyy-MM-dd'T'HH:mm:ss.SSS",
 )
-# Small, since this is one machine: few threads and partitions, bounded logs, no waiting for group members.
+# Small, since this is one machine: few threads and partitions, bounded logs, no waiting for group members. A
+# broker that was killed may come back when its session has ended.
 SETTINGS = """\
 process.roles=broker,controller
 node.id=1
 controller.quorum.voters=1@{host}:{controller_port}
 listeners=PLAINTEXT://{host}:{port},CONTROLLER://{host}:{controller_port}
-advertised.listeners=PLAINTEXT://{host}:{port}
+advertised.listeners=PLAINTEXT://{host}:{advertised_port}
 controller.listener.names=CONTROLLER
 inter.broker.listener.name=PLAINTEXT
 log.dirs={data}
@@ -55,6 +56,8 @@ share.coordinator.state.topic.num.partitions=1
 share.coordinator.state.topic.replication.factor=1
 share.coordinator.state.topic.min.isr=1
 group.initial.rebalance.delay.ms=0
+broker.heartbeat.interval.ms=500
+broker.session.timeout.ms=3000
 group.coordinator.rebalance.protocols=classic,consumer
 """
 
@@ -70,12 +73,15 @@ class Broker:
         controller_port: int,
         dist: Path,
         log_file: Path,
+        advertised_port: int | None = None,
         say: Callable[[str], None] = lambda _: None,
     ) -> None:
-        """`dist` is where the jars are kept; several brokers may share it."""
+        """`dist` is where the jars are kept; several brokers may share it. `advertised_port` is where clients
+        are sent to, when something stands in between."""
         self.folder = folder.absolute()
         self.bootstrap = f"{HOST}:{port}"
         self._port, self._controller_port = port, controller_port
+        self._advertised_port = advertised_port or port
         self._dist, self._say = dist, say
         self._log_file = log_file
         self._process: Process | None = None
@@ -178,7 +184,13 @@ class Broker:
         fresh.rename(self._data)
 
     def _settings(self, data: Path) -> str:
-        return SETTINGS.format(host=HOST, port=self._port, controller_port=self._controller_port, data=data)
+        return SETTINGS.format(
+            host=HOST,
+            port=self._port,
+            advertised_port=self._advertised_port,
+            controller_port=self._controller_port,
+            data=data,
+        )
 
     async def _answers(self) -> bool:
         try:

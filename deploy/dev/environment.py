@@ -18,6 +18,11 @@ PASSED_ON = ("PATH", "HOME", "LANG", "LC_ALL", "TMPDIR", "TZ", "OMP_NUM_THREADS"
 PASSED_ON_PREFIXES = ("COVERAGE_",)
 
 
+def service_of(name: str) -> str:
+    """The service that a process runs: `inference-1` is one of `inference`."""
+    return name.partition("-")[0]
+
+
 @dataclass(frozen=True)
 class Plan:
     """One mesh on one machine."""
@@ -31,26 +36,30 @@ class Plan:
     """The cache of model files; several meshes may share it."""
     certs: Path | None = None
     """The folder of the certificates; set: mTLS on every hop."""
+    replicas: tuple[str, ...] = ("inference",)
+    """The inference processes that the gateway uses."""
     topic_prefix: str = "llmos"
     settings: Mapping[str, str] = field(default_factory=dict)
     """Settings of the services' own, by variable; they win over those made here."""
 
-    def target(self, service: str) -> str:
-        """Where a service answers gRPC."""
-        return f"{HOST}:{self.ports.get(service, 0)}"
+    def target(self, name: str) -> str:
+        """Where a process answers gRPC."""
+        return f"{HOST}:{self.ports.get(name, 0)}"
 
-    def command(self, service: str) -> list[str]:
-        return [sys.executable, "-m", f"services.{service}"]
+    def command(self, name: str) -> list[str]:
+        """How a process is started. `name` is a service, or a further replica of one: `inference-1`."""
+        return [sys.executable, "-m", f"services.{service_of(name)}"]
 
-    def environment(self, service: str) -> dict[str, str]:
-        """The whole environment of a service's process."""
+    def environment(self, name: str) -> dict[str, str]:
+        """The whole environment of a process."""
+        service = service_of(name)
         passed_on = {
             name: value
             for name, value in os.environ.items()
             if name in PASSED_ON or name.startswith(PASSED_ON_PREFIXES)
         }
         prefix = f"LLMOS_{service.upper()}_"
-        own = {prefix + name: value for name, value in (self._shared(service) | self._own(service)).items()}
+        own = {prefix + name: value for name, value in (self._shared(name) | self._own(name)).items()}
         chosen = {name: value for name, value in self.settings.items() if name.startswith(prefix)}
         return passed_on | {"PYTHONUNBUFFERED": "1"} | own | chosen
 
@@ -65,12 +74,14 @@ class Plan:
             }
         return variables
 
-    def _shared(self, service: str) -> dict[str, str]:
+    def _shared(self, name: str) -> dict[str, str]:
+        service = service_of(name)
         settings = {
+            "INSTANCE": name if name != service else "",
             "LISTEN_HOST": HOST,
-            "GRPC_PORT": str(self.ports.get(service, 0)),
-            "METRICS_PORT": str(self.ports.get(f"{service} metrics", 0)),
-            "STATE_DIR": str(self.state.of(service)),
+            "GRPC_PORT": str(self.ports.get(name, 0)),
+            "METRICS_PORT": str(self.ports.get(f"{name} metrics", 0)),
+            "STATE_DIR": str(self.state.of(name)),
             "SERVICE_SECRET_FILE": str(self.state.secrets / service),
             "AUTH_TARGET": self.target("auth"),
             "LOG_FORMAT": "text",
@@ -83,9 +94,9 @@ class Plan:
             }
         return settings
 
-    def _own(self, service: str) -> dict[str, str]:
+    def _own(self, name: str) -> dict[str, str]:
         kafka = {"KAFKA_BOOTSTRAP_SERVERS": self.bootstrap, "KAFKA_TOPIC_PREFIX": self.topic_prefix}
-        match service:
+        match service_of(name):
             case "auth":
                 return {"SERVICE_SECRETS_DIR": str(self.state.secrets)}
             case "inference":
@@ -94,11 +105,11 @@ class Plan:
                 return kafka
             case "gateway":
                 return kafka | {
-                    "HTTP_PORT": str(self.ports.get("gateway http", 0)),
-                    "INFERENCE_TARGETS": self.target("inference"),
+                    "HTTP_PORT": str(self.ports.get(f"{name} http", 0)),
+                    "INFERENCE_TARGETS": ",".join(self.target(replica) for replica in self.replicas),
                     "LOGGING_TARGET": self.target("logging"),
                 }
-        raise ValueError(f"no such service: {service}")
+        raise ValueError(f"no such service: {name}")
 
 
 def settings_of_this_shell() -> dict[str, str]:

@@ -85,14 +85,15 @@ class State:
                 f"A mesh runs already in {self.root}{f' (process {pid})' if pid else ''}. Use it, or stop it"
                 " with Ctrl-C there or with `make down` here."
             ) from None
-        self._lock = file
         left = {name: entry["pid"] for name, entry in self._record().items() if _alive(entry)}
         if left:
+            file.close()
             raise CannotStart(
                 "Processes of an earlier mesh still run: "
                 + ", ".join(f"{name} ({pid})" for name, pid in left.items())
                 + ". End them with `make down`."
             )
+        self._lock = file
 
     def record(self, processes: Mapping[str, int]) -> None:
         """Notes which processes belong to this mesh, for `lock` and `stop_recorded`."""
@@ -155,7 +156,7 @@ def write_private(path: Path, text: str) -> None:
 
 
 def _start_time(pid: int) -> int:
-    """When a process started, in the kernel's ticks, so that a reused number is told apart; 0 where unknown."""
+    """When a process started, in the kernel's ticks, which tells a reused number apart; 0: unknown."""
     try:
         stat = Path(f"/proc/{pid}/stat").read_text()
     except OSError:

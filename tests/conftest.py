@@ -1,0 +1,96 @@
+"""Fixtures for all tests; what they are made of stands in tests/framework."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator, Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from deploy.dev.broker import Broker
+from tests.framework import broker as brokers
+from tests.framework.mesh import MeshHarness
+from tests.framework.ports import PortReservations
+
+MeshFactory = Callable[..., MeshHarness]
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Everything in tests/e2e runs real processes."""
+    for item in items:
+        if "e2e" in item.path.parts:
+            item.add_marker(pytest.mark.e2e)
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_makereport(item: pytest.Item, call: pytest.CallInfo[Any]) -> Any:
+    """A failed test shows the last lines of each process that it ran."""
+    report = yield
+    if report.failed:
+        for harness in _harnesses(item):
+            for name, process in harness.processes.items():
+                what = "running" if process.running else f"ended with {process.exit_code}"
+                report.sections.append((f"{name} ({what}), {process.log_file}", process.tail(60)))
+    return report
+
+
+def _harnesses(item: pytest.Item) -> list[MeshHarness]:
+    found: list[MeshHarness] = []
+    for value in getattr(item, "funcargs", {}).values():
+        if isinstance(value, MeshHarness):
+            found.append(value)
+        found += getattr(value, "made", [])
+    return found
+
+
+@pytest.fixture(scope="session")
+def reservations() -> Iterator[PortReservations]:
+    """Ports of this run."""
+    reservations = PortReservations()
+    yield reservations
+    reservations.release()
+
+
+@pytest.fixture(scope="session")
+def broker(tmp_path_factory: pytest.TempPathFactory, reservations: PortReservations) -> Iterator[Broker]:
+    """The run's Kafka; started by the first test that needs it. A test that breaks it takes `own_broker`."""
+    broker = brokers.prepare(tmp_path_factory.mktemp("kafka"), reservations)
+    brokers.start_blocking(broker)
+    yield broker
+    brokers.stop_blocking(broker)
+
+
+@pytest.fixture
+def own_broker(tmp_path: Path, reservations: PortReservations) -> Iterator[Broker]:
+    """A Kafka that a test may kill, freeze and start again (`start`, `wait_ready`)."""
+    broker = brokers.prepare(tmp_path / "kafka", reservations)
+    brokers.start_blocking(broker)
+    yield broker
+    brokers.stop_blocking(broker)
+
+
+class _MeshFactory:
+    def __init__(self, folder: Path, reservations: PortReservations) -> None:
+        self._folder, self._reservations = folder, reservations
+        self.made: list[MeshHarness] = []
+
+    def __call__(self, broker: Broker | None, **options: Any) -> MeshHarness:
+        mesh = MeshHarness(self._folder / f"mesh{len(self.made)}", broker, self._reservations, **options)
+        self.made.append(mesh)
+        return mesh
+
+
+@pytest.fixture
+async def make_mesh(tmp_path: Path, reservations: PortReservations) -> AsyncIterator[MeshFactory]:
+    """Makes meshes: `make_mesh(broker, tls=True)`, see MeshHarness; nothing is started yet."""
+    factory = _MeshFactory(tmp_path, reservations)
+    yield factory
+    for mesh in factory.made:
+        await mesh.close()
+
+
+@pytest.fixture
+def mesh(make_mesh: MeshFactory, broker: Broker) -> MeshHarness:
+    """A mesh of the test's own with the run's broker: `await mesh.start()`, or only some of its services."""
+    return make_mesh(broker)
