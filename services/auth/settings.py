@@ -30,7 +30,7 @@ class AuthSettings(ServiceSettings):
     service_secrets_dir: Path
     """The secrets of the services: files named gateway, inference, logging and auth, which this service
     checks their requests for tokens against."""
-    service_secret_file: Path = Path()
+    service_secret_file: Path = Path("/dev/null")
     """Not read: this service knows its own secret from `service_secrets_dir`."""
     db_file: Path | None = None
     """The database; not set: auth.db in `state_dir`."""
