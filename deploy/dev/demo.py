@@ -88,7 +88,7 @@ async def _audit_record(client: AsyncClient, request_id: str) -> AuditRecord:
     """Follows the log until the request's outcome is in it."""
     with contextlib.suppress(TimeoutError):
         async with asyncio.timeout(AUDIT_TIMEOUT_S):
-            async with client.tail_audit(AuditFilter(request_id=request_id), last=10) as tail:
+            async with client.audit.tail(AuditFilter(request_id=request_id), last=10) as tail:
                 async for record in tail:
                     if record.outcome is not None:
                         return record

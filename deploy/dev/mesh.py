@@ -169,7 +169,8 @@ class Mesh:
         )
         try:
             while not (await asyncio.wait({waiting}, timeout=10))[0]:
-                self._say(f"{service:<10} starting, {time.monotonic() - began_s:.0f} s so far")
+                last_line = self.services[service].tail(1)
+                self._say(f"{service:<10} starting, {time.monotonic() - began_s:.0f} s so far: {last_line}")
             await waiting
         finally:
             waiting.cancel()

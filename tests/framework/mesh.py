@@ -26,7 +26,7 @@ from deploy.dev.state import CannotStart, State
 from tests.framework.ports import PortReservations
 
 ALL = ("auth", "logging", "inference", "gateway")
-READY_TIMEOUT_S = 60.0
+READY_TIMEOUT_S = 120.0
 STOP_GRACE_S = 45.0
 PORTS = {"gateway": ("", " metrics", " http")}
 DEFAULTS = {
@@ -99,16 +99,18 @@ class MeshHarness:
         """Changes the plan for later starts, for instance `bootstrap=proxy.target`."""
         self._plan = replace(self._plan, **changes)
 
-    async def start(self, *names: str, wait: bool = True) -> None:
+    async def start(self, *names: str, timeout_s: float = READY_TIMEOUT_S) -> None:
         """Starts processes, all four services where none is named, and waits until each is ready.
+
+        The first start of the torch backend on a machine converts its model, which takes longer than the
+        default `timeout_s`.
 
         Raises:
             CannotStart: one ended, or is not ready in time; the message has its last lines.
         """
         for name in names or ALL:
             self.spawn(name)
-        if wait:
-            await asyncio.gather(*(self.wait_ready(name) for name in names or ALL))
+        await asyncio.gather(*(self.wait_ready(name, timeout_s) for name in names or ALL))
 
     def spawn(self, name: str) -> Process:
         """Starts one process and does not wait."""
