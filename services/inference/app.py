@@ -1,0 +1,145 @@
+"""The composition root of the inference service."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+
+from llmos.inference.v1 import fleet_service_pb2_grpc, inference_service_pb2_grpc
+
+from services.inference.access import GatewayOnly
+from services.inference.backends.echo import EchoConfig, EchoEngine
+from services.inference.backends.torch import TorchEngine, TorchEngineConfig
+from services.inference.engine.port import Engine
+from services.inference.engine.watchdog import Timeouts
+from services.inference.servicer import FleetServicer, InferenceServicer
+from services.inference.settings import InferenceSettings, child_environment
+from services.inference.telemetry import MeasuredEngine
+from services.mesh.app import App
+from services.mesh.auth_client import GrpcJwks
+from services.mesh.channel import Channel
+from services.mesh.clock import Clock
+from services.mesh.health import Health
+from services.mesh.interceptors import server_chain
+from services.mesh.jwks import JwksCache
+from services.mesh.running import RunningCalls
+from services.mesh.server import GrpcServer
+from services.mesh.tls import TlsFiles
+from services.mesh.tokens import Audience, ServiceAuthenticator, Verifier
+
+ENGINE = "engine"
+
+
+class _Keys:
+    """The public keys of auth, as a component: fetched behind the start, which does not wait for auth."""
+
+    def __init__(self, channel: Channel, cache: JwksCache) -> None:
+        self._channel = channel
+        self._cache = cache
+        self._first: asyncio.Task[None] | None = None
+
+    async def start(self) -> None:
+        self._first = asyncio.create_task(self._cache.refresh(), name="first-jwks")
+
+    async def stop(self) -> None:
+        await self._cache.close()
+        if self._first is not None:
+            self._first.cancel()
+        await self._channel.close()
+
+
+class _EngineHealth:
+    """Tells health what the engine says of itself, as a component."""
+
+    def __init__(self, engine: Engine, health: Health) -> None:
+        self._engine = engine
+        self._health = health
+        self._task: asyncio.Task[None] | None = None
+
+    async def start(self) -> None:
+        self._task = asyncio.create_task(self._follow(), name="engine-health")
+
+    async def stop(self) -> None:
+        if self._task is not None:
+            self._task.cancel()
+            with contextlib.suppress(asyncio.CancelledError):
+                await self._task
+
+    async def _follow(self) -> None:
+        async for state in self._engine.health_changes():
+            await self._health.set_part(ENGINE, state.serving)
+
+
+def build_engine(settings: InferenceSettings, clock: Clock) -> Engine:
+    """The backend that the settings name."""
+    if settings.backend == "echo":
+        config = EchoConfig(
+            max_running=settings.max_running,
+            max_waiting=settings.max_waiting,
+            max_output_tokens=settings.max_output_tokens,
+            delay_s=settings.echo_delay_ms / 1000,
+            directives=settings.echo_directives,
+            recovery_s=settings.echo_recovery_s,
+        )
+        return EchoEngine(config, clock)
+    timeouts = Timeouts(
+        load_timeout_s=settings.load_timeout_s,
+        step_timeout_s=settings.step_timeout_s,
+        ping_interval_s=settings.ping_interval_s,
+        ping_timeout_s=settings.ping_timeout_s,
+        ping_kill_s=settings.ping_kill_s,
+    )
+    return TorchEngine(
+        TorchEngineConfig(
+            model_id=settings.served_model_id,
+            model_path=settings.model_path,
+            models_dir=settings.models_path,
+            dtype=settings.dtype,
+            threads=settings.torch_threads,
+            max_running=settings.max_running,
+            max_waiting=settings.max_waiting,
+            max_output_tokens=settings.max_output_tokens,
+            prefill_chunk_tokens=settings.prefill_chunk_tokens,
+            timeouts=timeouts,
+            restart_backoff_min_s=settings.restart_backoff_min_s,
+            restart_backoff_max_s=settings.restart_backoff_max_s,
+            environment=child_environment(),
+        ),
+        clock,
+    )
+
+
+async def build(settings: InferenceSettings, clock: Clock) -> App:
+    """Puts the service together."""
+    auth = Channel(settings.auth_target, clock=clock, tls=TlsFiles.of(settings))
+    jwks = JwksCache(GrpcJwks(auth), clock)
+    verifier = Verifier(jwks, issuer=settings.issuer, audience=Audience.INFERENCE, clock=clock)
+    engine = MeasuredEngine(build_engine(settings, clock), clock)
+
+    running = RunningCalls(settings.max_concurrent_calls)
+    health = Health(parts=[ENGINE])
+    chain = server_chain(
+        clock=clock,
+        running=running,
+        authenticator=GatewayOnly(ServiceAuthenticator(verifier)),
+        max_call_s=settings.max_call_s,
+        adopt_request_id=True,
+    )
+    server = GrpcServer(settings, chain=chain, running=running, health=health)
+    await server.add(
+        inference_service_pb2_grpc.add_InferenceServiceServicer_to_server,
+        InferenceServicer(engine, clock, replica=settings.name),
+        "llmos.inference.v1.InferenceService",
+    )
+    await server.add(
+        fleet_service_pb2_grpc.add_FleetServiceServicer_to_server,
+        FleetServicer(engine),
+        "llmos.inference.v1.FleetService",
+    )
+    return App(
+        settings=settings,
+        clock=clock,
+        health=health,
+        server=server,
+        components=(_Keys(auth, jwks), engine, _EngineHealth(engine, health)),
+    )

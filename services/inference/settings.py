@@ -1,0 +1,127 @@
+"""What the inference service is told, by variables that begin with `LLMOS_INFERENCE_`."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import ClassVar, Literal
+
+from pydantic import Field, model_validator
+from pydantic_settings import SettingsConfigDict
+
+from services.inference.models import PACKAGED_MODEL_ID
+from services.mesh.settings import Port, PositiveSeconds, ServiceSettings
+
+
+class InferenceSettings(ServiceSettings):
+    """Settings of the inference service."""
+
+    model_config = SettingsConfigDict(
+        env_prefix="LLMOS_INFERENCE_",
+        frozen=True,
+        extra="forbid",
+        env_ignore_empty=True,
+        protected_namespaces=(),
+    )
+    service: ClassVar[str] = "inference"
+
+    grpc_port: Port = 50052
+    metrics_port: Port = 51052
+    state_dir: Path = Path(".state/inference")
+    service_secret_file: Path = Path()
+    """Not read: this service calls nobody but auth, for its public keys."""
+
+    backend: Literal["torch", "echo"] = "torch"
+    """`torch` runs a model in a child process; `echo` says the prompt's words again, for tests."""
+    models_dir: Path | None = None
+    """Where converted models are kept; not set: `models` beside `state_dir`. May be shared."""
+    model_path: Path | None = None
+    """A folder of safetensors to serve; not set: the packaged model."""
+    model_id: str = Field(default="", max_length=128, pattern=r"^[A-Za-z0-9._/-]*$")
+    """What requests call the model; empty: the packaged model's id, or the name of `model_path`."""
+    dtype: Literal["auto", "bfloat16", "float32"] = "auto"
+    """`auto` is bfloat16 where the CPU computes it (AVX-512), else float32, which is then the faster one.
+    float32 gives the tokens of transformers' own `generate`."""
+    torch_threads: int = Field(default=0, ge=0, le=1024)
+    """For one operation; 0 leaves the choice to torch (all cores)."""
+
+    max_running: int = Field(default=16, ge=1, le=4096)
+    """Sequences that run at once; a request with n choices counts n."""
+    max_waiting: int = Field(default=64, ge=0, le=65_536)
+    """Sequences that wait for a slot; more are refused at once."""
+    max_output_tokens: int = Field(default=4096, ge=1)
+    """The most that a choice may have, whatever the request asks for."""
+    prefill_chunk_tokens: int = Field(default=64, ge=1, le=65_536)
+    """How much of a prompt one step computes; part of what makes numbers repeatable."""
+
+    load_timeout_s: PositiveSeconds = 900
+    """For loading the model, its conversion on first use included."""
+    step_timeout_s: PositiveSeconds = 60
+    """A step that takes longer is hung: the engine's process is killed and started again."""
+    ping_interval_s: PositiveSeconds = 1
+    ping_timeout_s: PositiveSeconds = 3
+    """Health goes false where the engine's process does not answer for so long."""
+    ping_kill_s: PositiveSeconds = 15
+    """The engine's process is killed where it does not answer for so long."""
+    restart_backoff_min_s: PositiveSeconds = 0.2
+    restart_backoff_max_s: PositiveSeconds = 30
+
+    echo_delay_ms: float = Field(default=0, ge=0, le=60_000)
+    """Before each token of `echo`."""
+    echo_directives: bool = False
+    """Whether `echo` obeys directives inside prompts (docs/inference.md)."""
+    echo_recovery_s: PositiveSeconds = 1
+    """How long a crash that a directive asked for lasts."""
+
+    @model_validator(mode="after")
+    def _order(self) -> InferenceSettings:
+        if not self.ping_interval_s < self.ping_timeout_s < self.ping_kill_s:
+            raise ValueError("ping_interval_s < ping_timeout_s < ping_kill_s is needed")
+        if self.restart_backoff_min_s > self.restart_backoff_max_s:
+            raise ValueError("restart_backoff_min_s must not exceed restart_backoff_max_s")
+        return self
+
+    @property
+    def models_path(self) -> Path:
+        return self.models_dir or self.state_dir.parent / "models"
+
+    @property
+    def served_model_id(self) -> str:
+        """The id that requests name."""
+        if self.model_id:
+            return self.model_id
+        return PACKAGED_MODEL_ID if self.model_path is None else self.model_path.resolve().name
+
+
+# What a child of this process may know of our environment: enough for Python, the linker, OpenMP and the
+# caches of libraries, and nothing that is ours.
+_CHILD_VARIABLES = frozenset(
+    {"HOME", "LANG", "LC_ALL", "LD_LIBRARY_PATH", "LD_PRELOAD", "PATH", "TMPDIR", "TZ"}
+)
+_CHILD_PREFIXES = ("COVERAGE_", "CUDA_", "GOMP_", "KMP_", "MKL_", "OMP_", "PYTHON", "TORCH")
+_CHILD_DEFAULTS = {
+    # Threads that wait for each other sleep instead of spinning: on cores that are shared with the other
+    # services, spinning makes a step several times slower (docs/decisions/0021).
+    "OMP_WAIT_POLICY": "PASSIVE",
+}
+_CHILD_FIXED = {
+    # Nothing is ever fetched from a model hub.
+    "HF_HUB_OFFLINE": "1",
+    "HF_HUB_DISABLE_TELEMETRY": "1",
+    "TRANSFORMERS_OFFLINE": "1",
+    "TOKENIZERS_PARALLELISM": "false",
+    "PYTHONUNBUFFERED": "1",
+    # Progress is told in sentences, to the parent.
+    "TQDM_DISABLE": "1",
+}
+
+
+def child_environment() -> Mapping[str, str]:
+    """The environment of the engine's process."""
+    kept = {
+        name: value
+        for name, value in os.environ.items()
+        if name in _CHILD_VARIABLES or name.startswith(_CHILD_PREFIXES)
+    }
+    return _CHILD_DEFAULTS | kept | _CHILD_FIXED

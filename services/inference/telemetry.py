@@ -1,0 +1,153 @@
+"""Measures an engine from outside: an `Engine` around an `Engine`.
+
+Names are those of OpenTelemetry's conventions for generative AI (1.41) where they have one.
+"""
+
+from __future__ import annotations
+
+from collections.abc import AsyncGenerator, AsyncIterator, Iterable
+from contextlib import aclosing
+
+from opentelemetry import metrics, trace
+from opentelemetry.metrics import CallbackOptions, Observation
+from opentelemetry.trace import StatusCode
+
+from services.inference.engine.port import (
+    Delta,
+    Engine,
+    EngineEvent,
+    Finished,
+    GenerationRequest,
+    Health,
+    Load,
+    ModelInfo,
+    Prompt,
+    Started,
+    TokenCount,
+)
+from services.mesh.clock import Clock
+from services.mesh.errors import LlmosError
+
+_FIRST_TOKEN_S = (0.001, 0.005, 0.01, 0.02, 0.04, 0.06, 0.08, 0.1, 0.25, 0.5, 0.75, 1, 2.5, 5, 7.5, 10)
+_PER_TOKEN_S = (0.01, 0.025, 0.05, 0.075, 0.1, 0.15, 0.2, 0.3, 0.4, 0.5, 0.75, 1, 2.5)
+_QUEUE_S = (0.001, 0.01, 0.1, 0.5, 1, 2.5, 5, 10, 30, 60)
+
+
+class MeasuredEngine:
+    """Passes everything through; records a span and metrics for each generation."""
+
+    def __init__(self, engine: Engine, clock: Clock) -> None:
+        self._engine = engine
+        self._clock = clock
+        self._tracer = trace.get_tracer("llmos.inference")
+        meter = metrics.get_meter("llmos.inference")
+        self._first_token = meter.create_histogram(
+            "gen_ai.server.time_to_first_token",
+            unit="s",
+            description="From the request's arrival to its first token.",
+            explicit_bucket_boundaries_advisory=_FIRST_TOKEN_S,
+        )
+        self._per_token = meter.create_histogram(
+            "gen_ai.server.time_per_output_token",
+            unit="s",
+            description="Between tokens after the first, for one choice.",
+            explicit_bucket_boundaries_advisory=_PER_TOKEN_S,
+        )
+        self._queue = meter.create_histogram(
+            "llmos.engine.queue_time",
+            unit="s",
+            description="From the request's arrival until it got its slot.",
+            explicit_bucket_boundaries_advisory=_QUEUE_S,
+        )
+        self._tokens = meter.create_counter(
+            "llmos.engine.output_tokens", unit="{token}", description="Tokens that readers were given."
+        )
+        meter.create_observable_gauge(
+            "llmos.engine.sequences_running",
+            [lambda options: self._observe("running")],
+            description="Sequences that run.",
+        )
+        meter.create_observable_gauge(
+            "llmos.engine.sequences_waiting",
+            [lambda options: self._observe("waiting")],
+            description="Sequences that wait for a slot.",
+        )
+        meter.create_observable_counter(
+            "llmos.engine.restarts", [self._restarts], description="Restarts of the engine's process."
+        )
+
+    def _observe(self, name: str) -> Iterable[Observation]:
+        return [Observation(getattr(self._engine.load(), name))]
+
+    def _restarts(self, options: CallbackOptions) -> Iterable[Observation]:
+        return [Observation(self._engine.load().restarts)]
+
+    async def start(self) -> None:
+        await self._engine.start()
+
+    async def stop(self) -> None:
+        await self._engine.stop()
+
+    async def generate(self, request: GenerationRequest) -> AsyncGenerator[EngineEvent, None]:
+        labels = {"gen_ai.request.model": request.model}
+        begun_s = self._clock.monotonic()
+        first_s = last_s = 0.0
+        tokens = 0
+        # Not the current span: a generator may be closed in another context than it began in.
+        span = self._tracer.start_span(
+            f"engine {request.model}",
+            attributes={
+                "gen_ai.operation.name": "chat" if request.prompt.messages else "text_completion",
+                "gen_ai.request.model": request.model,
+                "gen_ai.request.choice.count": request.n,
+                "llmos.request_id": request.request_id,
+            },
+        )
+        try:
+            async with aclosing(self._engine.generate(request)) as events:
+                async for event in events:
+                    last_s = self._clock.monotonic() - begun_s
+                    match event:
+                        case Started():
+                            self._queue.record(last_s, labels)
+                            span.add_event("started")
+                            span.set_attribute("gen_ai.usage.input_tokens", event.prompt_tokens)
+                        case Delta():
+                            if not tokens:
+                                first_s = last_s
+                                self._first_token.record(first_s, labels)
+                                span.add_event("first_token")
+                            tokens += len(event.token_ids)
+                        case Finished():
+                            reasons = [reason.value for reason in event.reasons]
+                            span.set_attribute("gen_ai.response.finish_reasons", reasons)
+                    yield event
+        except LlmosError as error:
+            span.set_attribute("error.type", error.reason)
+            span.set_status(StatusCode.ERROR, error.reason)
+            raise
+        finally:
+            # A reader that went away closes the generator: what was done until then counts as well.
+            if tokens > request.n:
+                self._per_token.record((last_s - first_s) / (tokens / request.n - 1), labels)
+            self._tokens.add(tokens, labels)
+            span.set_attribute("gen_ai.usage.output_tokens", tokens)
+            span.end()
+
+    async def count_tokens(self, model: str, prompt: Prompt) -> TokenCount:
+        return await self._engine.count_tokens(model, prompt)
+
+    def models(self) -> tuple[ModelInfo, ...]:
+        return self._engine.models()
+
+    def health(self) -> Health:
+        return self._engine.health()
+
+    def health_changes(self) -> AsyncIterator[Health]:
+        return self._engine.health_changes()
+
+    async def wait_healthy(self, timeout_s: float) -> None:
+        await self._engine.wait_healthy(timeout_s)
+
+    def load(self) -> Load:
+        return self._engine.load()
