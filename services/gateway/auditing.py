@@ -1,0 +1,232 @@
+"""The audit link of the chain: each authenticated request leaves exactly one outcome, whatever ends it.
+
+It stands inside `identity`, around everything that is done for the request, so no method and no error can
+leave without passing. The request in between calls `begin` when it has passed all refusals (the intent is
+then written beside the work), and `committed` before the caller is sent anything. A refusal before `begin`
+leaves an outcome and no intent.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+from collections.abc import AsyncIterator, Mapping
+from contextlib import asynccontextmanager
+from contextvars import ContextVar
+from datetime import datetime
+
+from services.gateway.generation import FinishReason, Usage
+from services.gateway.ports import AuditPort
+from services.mesh import events
+from services.mesh.clock import Clock
+from services.mesh.context import Identity, RequestContext
+from services.mesh.errors import (
+    Cancelled,
+    DeadlineExceeded,
+    Internal,
+    LlmosError,
+    ReaderStalled,
+    Status,
+)
+from services.mesh.events import Edge, Outcome, RequestEnded, RequestFacts, RequestStarted
+from services.mesh.interceptors import Call
+
+logger = logging.getLogger(__name__)
+
+DEADLINE_SLACK_S = 0.02
+"""A caller whose deadline passes goes away a moment before our own clock sees it."""
+
+_REFUSALS = frozenset(
+    {
+        Status.INVALID_ARGUMENT,
+        Status.NOT_FOUND,
+        Status.ALREADY_EXISTS,
+        Status.PERMISSION_DENIED,
+        Status.UNAUTHENTICATED,
+        Status.RESOURCE_EXHAUSTED,
+        Status.FAILED_PRECONDITION,
+        Status.OUT_OF_RANGE,
+        Status.UNIMPLEMENTED,
+    }
+)
+_EDGES = {"grpc": Edge.GRPC, "http": Edge.HTTP}
+
+
+class RequestRecord:
+    """One authenticated request on its way to its outcome. The use case fills in what it learns."""
+
+    def __init__(
+        self,
+        context: RequestContext,
+        edge: Edge,
+        *,
+        receive_time: datetime,
+        received_s: float,
+        audit: AuditPort,
+    ) -> None:
+        self.identity: Identity = context.identity
+        self.request_id = context.request_id
+        self.deadline_s = context.deadline_s
+        self.received_s = received_s
+        """Arrival, on the monotonic clock."""
+        self.method = context.method
+        self.model = ""
+        self.labels: Mapping[str, str] = {}
+        self.usage = Usage()
+        self.finish_reasons: tuple[FinishReason, ...] = ()
+        self.time_to_first_token_s: float | None = None
+        self.replica = ""
+        self.model_revision = ""
+        self.is_committed = False
+        self.is_complete = False
+        self._context = context
+        self._edge = edge
+        self._receive_time = receive_time
+        self._audit = audit
+        self._intent: asyncio.Task[None] | None = None
+
+    def begin(self) -> None:
+        """The request has passed all refusals: starts to write its intent, and returns at once."""
+        if self._intent is not None:
+            raise Internal("a request began twice")
+        self._intent = asyncio.create_task(self._audit.append_started(RequestStarted(self.facts())))
+
+    async def committed(self) -> None:
+        """Returns when the intent is on disk. Raises AuditUnavailable."""
+        if self._intent is None:
+            raise Internal("a request was answered before it began")
+        await asyncio.shield(self._intent)
+        self.is_committed = True
+
+    def complete(self) -> None:
+        """The whole answer is with the edge: a reader that leaves from now on has not cancelled anything."""
+        self.is_complete = True
+
+    def facts(self) -> RequestFacts:
+        return RequestFacts(
+            request_id=self.request_id,
+            identity=self.identity,
+            method=self.method,
+            edge=self._edge,
+            model=self.model,
+            trace_id=self._context.trace_id,
+            receive_time=self._receive_time,
+            labels=self.labels,
+        )
+
+    async def end(self, error: LlmosError | None, end_time: datetime) -> None:
+        """Writes the outcome, after the intent. Raises AuditUnavailable."""
+        intent_stored = False
+        if self._intent is not None:
+            with contextlib.suppress(LlmosError):
+                await self._intent
+                intent_stored = True
+        await self._audit.append_ended(
+            RequestEnded(
+                facts=self.facts(),
+                outcome=self._outcome(error, intent_stored),
+                error_reason="" if error is None else error.reason,
+                status_code=int(Status.OK if error is None else error.status),
+                usage=events.Usage(
+                    self.usage.prompt_tokens, self.usage.completion_tokens, self.usage.cached_prompt_tokens
+                ),
+                finish_reasons=tuple(int(reason) for reason in self.finish_reasons),
+                end_time=end_time,
+                time_to_first_token_s=self.time_to_first_token_s,
+                replica=self.replica,
+                model_revision=self.model_revision,
+            )
+        )
+
+    def _outcome(self, error: LlmosError | None, intent_stored: bool) -> Outcome:
+        if error is None:
+            return Outcome.SUCCEEDED
+        if isinstance(error, Cancelled | DeadlineExceeded | ReaderStalled):
+            return Outcome.CANCELLED
+        if not intent_stored or (error.status in _REFUSALS and self.time_to_first_token_s is None):
+            return Outcome.REJECTED
+        return Outcome.FAILED
+
+
+_current: ContextVar[RequestRecord | None] = ContextVar("llmos_gateway_record", default=None)
+
+
+def current_record() -> RequestRecord:
+    """The record of the request that this task serves."""
+    record = _current.get()
+    if record is None:
+        raise Internal("a request is served outside of the audit link")
+    return record
+
+
+class AuditTrail:
+    """Makes the records. A component of the app, to be stopped before the spool is closed."""
+
+    def __init__(self, audit: AuditPort, clock: Clock) -> None:
+        self._audit = audit
+        self._clock = clock
+        self._writes: set[asyncio.Task[None]] = set()
+
+    async def start(self) -> None:
+        """Nothing to do."""
+
+    async def stop(self) -> None:
+        """Waits for outcomes that are still being written; the spool bounds how long that takes."""
+        while self._writes:
+            await asyncio.gather(*self._writes, return_exceptions=True)
+
+    @asynccontextmanager
+    async def link(self, call: Call) -> AsyncIterator[None]:
+        """The link, for the chain."""
+        async with self.around(call.context, _EDGES[call.protocol]):
+            yield
+
+    @asynccontextmanager
+    async def around(self, context: RequestContext, edge: Edge) -> AsyncIterator[RequestRecord]:
+        """Serves one authenticated request. Lets errors out as they came."""
+        record = RequestRecord(
+            context,
+            edge,
+            receive_time=self._clock.now(),
+            received_s=self._clock.monotonic(),
+            audit=self._audit,
+        )
+        token = _current.set(record)
+        try:
+            yield record
+            if not record.is_committed:
+                raise Internal(f"{context.method} was answered without an intent")
+        except LlmosError as error:
+            await self._end(record, error)
+            raise
+        except (asyncio.CancelledError, GeneratorExit):
+            await self._end(record, None if record.is_complete else self._gone(record))
+            raise
+        except BaseException as error:
+            await self._end(record, Internal(type(error).__name__))
+            raise
+        else:
+            await self._end(record, None)
+        finally:
+            with contextlib.suppress(ValueError):
+                _current.reset(token)
+
+    def _gone(self, record: RequestRecord) -> LlmosError:
+        if self._clock.monotonic() >= record.deadline_s - DEADLINE_SLACK_S:
+            return DeadlineExceeded("The deadline passed before the answer was complete.")
+        return Cancelled("The caller went away.")
+
+    async def _end(self, record: RequestRecord, error: LlmosError | None) -> None:
+        """Writes the outcome even where the present task is cancelled meanwhile."""
+        write = asyncio.create_task(self._write(record, error), name=f"outcome-{record.request_id}")
+        self._writes.add(write)
+        write.add_done_callback(self._writes.discard)
+        await asyncio.shield(write)
+
+    async def _write(self, record: RequestRecord, error: LlmosError | None) -> None:
+        try:
+            await record.end(error, self._clock.now())
+        except Exception:
+            # Nothing can be done for the request any more; the spool counts what it cannot take.
+            logger.exception("the outcome of %s was not written", record.request_id)

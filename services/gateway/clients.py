@@ -1,0 +1,214 @@
+"""The ports over gRPC: auth, inference and logging, and the translation to and from their messages."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncGenerator, Iterator
+from contextlib import contextmanager
+from datetime import UTC
+from typing import Any
+
+import grpc
+from grpc_health.v1 import health_pb2, health_pb2_grpc
+from llmos.auth.v1 import token_service_pb2, token_service_pb2_grpc
+from llmos.gateway.v1 import generation_pb2, model_service_pb2
+from llmos.inference.v1 import (
+    fleet_service_pb2,
+    fleet_service_pb2_grpc,
+    inference_service_pb2,
+    inference_service_pb2_grpc,
+)
+from llmos.logging.v1 import audit_service_pb2, audit_service_pb2_grpc
+
+from services.gateway.generation import (
+    Alternative,
+    Capability,
+    Delta,
+    EngineEvent,
+    EngineStarted,
+    Finished,
+    FinishReason,
+    Model,
+    Prompt,
+    TokenCount,
+    TokenLogprob,
+    Usage,
+    ValidGeneration,
+    ValidPrompt,
+)
+from services.gateway.ports import ExchangedKey
+from services.mesh.channel import Channel
+from services.mesh.context import Identity
+from services.mesh.errors import DependencyUnavailable, ReplicaLost
+
+_SAMPLING = (
+    *("temperature", "top_p", "top_k", "min_p"),
+    *("presence_penalty", "frequency_penalty", "repetition_penalty"),
+)
+
+
+class GrpcAuth:
+    """An `AuthPort`."""
+
+    def __init__(self, channel: Channel, *, timeout_s: float = 5.0) -> None:
+        self._stub = token_service_pb2_grpc.TokenServiceStub(channel)
+        self._timeout_s = timeout_s
+
+    async def exchange(self, api_key: str) -> ExchangedKey:
+        request = token_service_pb2.VerifyApiKeyRequest(api_key=api_key)
+        response = await self._stub.VerifyApiKey(request, timeout=self._timeout_s)
+        found = response.identity
+        return ExchangedKey(
+            Identity(found.tenant_id, found.client_id, found.key_id, frozenset(found.scopes)),
+            response.access_token.expire_time.ToDatetime(tzinfo=UTC),
+        )
+
+
+class GrpcInference:
+    """An `InferencePort` over one replica's channel."""
+
+    def __init__(self, channel: Channel, *, probe_timeout_s: float = 2.0) -> None:
+        self._channel = channel
+        self._inference = inference_service_pb2_grpc.InferenceServiceStub(channel)
+        self._fleet = fleet_service_pb2_grpc.FleetServiceStub(channel)
+        self._probe_timeout_s = probe_timeout_s
+
+    async def generate(self, request_id: str, request: ValidGeneration) -> AsyncGenerator[EngineEvent, None]:
+        message = inference_service_pb2.GenerateRequest(request_id=request_id)
+        _fill_spec(message.spec, request)
+        call = self._inference.Generate(message)
+        try:
+            with _lost():
+                async for response in call:
+                    # The token path: no more than what an edge or the check of the sequence needs.
+                    if response.HasField("delta"):
+                        delta = response.delta
+                        yield Delta(
+                            delta.seq,
+                            delta.choice_index,
+                            delta.text,
+                            delta.token_ids,
+                            [_logprob(entry) for entry in delta.logprobs] if delta.logprobs else (),
+                        )
+                    elif response.HasField("started"):
+                        started = response.started
+                        yield EngineStarted(started.model_revision, started.prompt_tokens, started.replica)
+                    elif response.HasField("finished"):
+                        yield _finished(response.finished)
+        finally:
+            call.cancel()
+
+    async def count_tokens(self, request: ValidPrompt) -> TokenCount:
+        message = inference_service_pb2.TokenizeRequest(model=request.model)
+        _fill_prompt(message.prompt, request.prompt)
+        with _lost():
+            found = await self._inference.Tokenize(message)
+        return TokenCount(found.prompt_tokens, found.context_tokens)
+
+    async def list_models(self) -> tuple[Model, ...]:
+        with _lost():
+            found = await self._fleet.ListModels(
+                fleet_service_pb2.ListModelsRequest(), timeout=self._probe_timeout_s
+            )
+        return tuple(_model(each) for each in found.models)
+
+    async def is_healthy(self) -> bool:
+        # Health is open to everyone: asked without a token, it tells of the replica alone.
+        stub: Any = health_pb2_grpc.HealthStub(self._channel.inner())
+        try:
+            found = await stub.Check(health_pb2.HealthCheckRequest(), timeout=self._probe_timeout_s)
+        except grpc.aio.AioRpcError:
+            return False
+        return bool(found.status == health_pb2.HealthCheckResponse.SERVING)
+
+
+class GrpcAuditLog:
+    """Reads the audit log at the logging service, which restricts a caller to what is theirs."""
+
+    def __init__(self, channel: Channel) -> None:
+        self._stub = audit_service_pb2_grpc.AuditServiceStub(channel)
+
+    async def search(self, request: audit_service_pb2.SearchRequest) -> audit_service_pb2.SearchResponse:
+        response: audit_service_pb2.SearchResponse = await self._stub.Search(request)
+        return response
+
+    async def tail(
+        self, request: audit_service_pb2.TailRequest
+    ) -> AsyncGenerator[audit_service_pb2.TailResponse, None]:
+        call = self._stub.Tail(request)
+        try:
+            async for response in call:
+                yield response
+        finally:
+            call.cancel()
+
+
+@contextmanager
+def _lost() -> Iterator[None]:
+    """A replica that cannot be reached, as what it is. A fault on this side of the wire stays what it was."""
+    try:
+        yield
+    except DependencyUnavailable as error:
+        if isinstance(error.__cause__, grpc.aio.AioRpcError):
+            raise ReplicaLost("The replica that served the request was lost.") from error
+        raise
+
+
+def _fill_spec(spec: generation_pb2.GenerationSpec, request: ValidGeneration) -> None:
+    spec.model = request.model
+    _fill_prompt(spec.prompt, request.prompt)
+    spec.sampling.seed = request.sampling.seed
+    for name in _SAMPLING:
+        value = getattr(request.sampling, name)
+        if value is not None:
+            setattr(spec.sampling, name, value)
+    for token_id, bias in request.sampling.logit_bias:
+        spec.sampling.logit_bias[token_id] = bias
+    if request.max_tokens is not None:
+        spec.max_tokens = request.max_tokens
+    spec.stop.extend(request.stop)
+    spec.stop_token_ids.extend(request.stop_token_ids)
+    spec.n = request.n
+    spec.logprobs = request.logprobs
+    spec.top_logprobs = request.top_logprobs
+    spec.ignore_eos = request.ignore_eos
+    # end_user and labels stay here: the engine has no use for them.
+
+
+def _fill_prompt(message: generation_pb2.Prompt, prompt: Prompt) -> None:
+    if not prompt.is_chat:
+        message.text = prompt.text
+        return
+    for given in prompt.messages:
+        added = message.chat.messages.add(role=given.role.value, name=given.name)
+        for part in given.parts:
+            added.content.add(text=part)
+
+
+def _finished(message: generation_pb2.Finished) -> Finished:
+    ends = sorted(message.choices, key=lambda end: end.index)
+    return Finished(
+        tuple(FinishReason(end.finish_reason) for end in ends),
+        Usage(
+            message.usage.prompt_tokens, message.usage.completion_tokens, message.usage.cached_prompt_tokens
+        ),
+    )
+
+
+def _logprob(entry: generation_pb2.TokenLogprob) -> TokenLogprob:
+    return TokenLogprob(_alternative(entry.chosen), tuple(_alternative(each) for each in entry.top))
+
+
+def _alternative(entry: generation_pb2.TokenLogprob.Alternative) -> Alternative:
+    return Alternative(entry.token_id, entry.token, entry.logprob)
+
+
+def _model(message: model_service_pb2.Model) -> Model:
+    known = {item.value for item in Capability}
+    return Model(
+        id=message.id,
+        revision=message.revision,
+        capabilities=tuple(Capability(value) for value in message.capabilities if value in known),
+        context_tokens=message.context_tokens,
+        create_time=message.create_time.ToDatetime(tzinfo=UTC) if message.HasField("create_time") else None,
+        ready=message.ready,
+    )

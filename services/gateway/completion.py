@@ -1,0 +1,240 @@
+"""The use case: one straight line with named phases, the same for both edges and for jobs.
+
+authorise -> admit -> intent -> route -> stream -> settle. The outcome is written by the audit link around
+the whole call (`auditing`), which no path can leave without passing. The intent is written while the
+replica already prefills, and is on disk before the caller sees the first byte.
+"""
+
+from __future__ import annotations
+
+from collections.abc import AsyncGenerator
+from contextlib import aclosing
+from dataclasses import dataclass, field
+
+from services.gateway.admission import Admission
+from services.gateway.auditing import RequestRecord
+from services.gateway.authorisation import GENERATE
+from services.gateway.generation import (
+    Choice,
+    Delta,
+    EngineStarted,
+    Event,
+    Finished,
+    Generation,
+    Moved,
+    Started,
+    TokenCount,
+    TokenLogprob,
+    Usage,
+    ValidGeneration,
+    ValidPrompt,
+)
+from services.gateway.routing import Replica, Router
+from services.gateway.telemetry import Instruments
+from services.mesh.clock import Clock
+from services.mesh.errors import DataCorrupt, DependencyUnavailable, Internal, LlmosError, ReplicaLost, Status
+
+MAX_ATTEMPTS = 2
+"""A replica that is lost before it has sent anything is replaced once."""
+
+
+@dataclass(slots=True)
+class _Progress:
+    """What has been seen of an answer so far."""
+
+    engine: EngineStarted | None = None
+    replica: str = ""
+    last_seq: int = 0
+    completion_tokens: int = 0
+    first_token_s: float | None = None
+    finished: Finished | None = None
+
+    def usage(self) -> Usage:
+        """What the engine counted; before it has said so, what was delivered."""
+        if self.finished is not None:
+            return self.finished.usage
+        prompt_tokens = self.engine.prompt_tokens if self.engine else 0
+        return Usage(prompt_tokens=prompt_tokens, completion_tokens=self.completion_tokens)
+
+
+class Completions:
+    """Generates, and counts what a generation would cost."""
+
+    def __init__(
+        self, *, admission: Admission, router: Router, clock: Clock, instruments: Instruments
+    ) -> None:
+        self._admission = admission
+        self._router = router
+        self._clock = clock
+        self._instruments = instruments
+
+    async def stream(self, record: RequestRecord, request: ValidGeneration) -> AsyncGenerator[Event, None]:
+        """Started, then Delta and Moved, then Finished. Closing the generator ends the work at the replica.
+
+        Raises LlmosError: of scope, limits and routing before Started; ReplicaLost, DataCorrupt or what the
+        replica raised also later.
+        """
+        record.model, record.labels = request.model, request.labels
+        record.identity.require(GENERATE)
+        progress = _Progress()
+        with (
+            self._admission.permit(record.deadline_s),
+            self._instruments.generation(request, record) as measured,
+        ):
+            record.begin()
+            try:
+                async with aclosing(self._routed(record, request, progress)) as events:
+                    async for event in events:
+                        yield event
+            finally:
+                self._settle(record, progress)
+                measured.settle(progress.usage(), progress.finished, progress.engine, progress.first_token_s)
+
+    async def generate(self, record: RequestRecord, request: ValidGeneration) -> Generation:
+        """The whole answer. Raises as `stream` does."""
+        folded = _Fold(request.n)
+        async with aclosing(self.stream(record, request)) as events:
+            async for event in events:
+                folded.add(event)
+        return folded.result()
+
+    async def count_tokens(self, record: RequestRecord, request: ValidPrompt) -> TokenCount:
+        """Raises ScopeMissing, ModelNotFound, NoReplica, ReplicaLost, or what the replica raised."""
+        record.model = request.model
+        record.identity.require(GENERATE)
+        record.begin()
+        attempts = 1
+        while True:
+            replica = await self._router.choose(request.model)
+            try:
+                with replica.lease():
+                    count = await replica.port.count_tokens(request)
+            except LlmosError as error:
+                self._give_up_or_move(replica, error, attempts)
+                attempts += 1
+            else:
+                await record.committed()
+                return count
+
+    async def _routed(
+        self, record: RequestRecord, request: ValidGeneration, progress: _Progress
+    ) -> AsyncGenerator[Event, None]:
+        """Finds a replica and streams from it; another one takes over only before the first event."""
+        attempts = 1
+        while True:
+            replica = await self._router.choose(request.model)
+            progress.replica = replica.name
+            try:
+                async with aclosing(self._attempt(record, request, progress, replica)) as events:
+                    async for event in events:
+                        yield event
+                return
+            except LlmosError as error:
+                if progress.engine is not None:
+                    if isinstance(error, ReplicaLost):
+                        self._router.lost(replica)
+                    raise
+                self._give_up_or_move(replica, error, attempts)
+                attempts += 1
+
+    def _give_up_or_move(self, replica: Replica, error: LlmosError, attempts: int) -> None:
+        """Raises `error` unless another replica, or this one come back, may do better."""
+        if error.status is not Status.UNAVAILABLE or isinstance(error, DependencyUnavailable):
+            raise error
+        self._router.lost(replica)
+        if attempts >= MAX_ATTEMPTS:
+            raise error
+
+    async def _attempt(
+        self, record: RequestRecord, request: ValidGeneration, progress: _Progress, replica: Replica
+    ) -> AsyncGenerator[Event, None]:
+        """Passes on what keeps the contract: EngineStarted, deltas without gap or repeat, Finished."""
+        with replica.lease():
+            async with aclosing(replica.port.generate(record.request_id, request)) as upstream:
+                async for event in upstream:
+                    if isinstance(event, Delta):
+                        self._check(event, request, progress)
+                        if progress.first_token_s is None:
+                            progress.first_token_s = self._clock.monotonic() - record.received_s
+                        yield event
+                    elif isinstance(event, EngineStarted):
+                        if progress.engine is not None:
+                            raise Internal("a replica began the same answer twice")
+                        progress.engine = event
+                        # The last moment: nothing may reach the caller before the intent is on disk.
+                        await record.committed()
+                        seed = request.sampling.seed
+                        yield Started(record.request_id, request.model, event.model_revision, seed)
+                    else:
+                        if progress.engine is None or len(event.finish_reasons) != request.n:
+                            raise Internal("a replica finished what it did not begin, or not each choice")
+                        progress.finished = event
+                        self._settle(record, progress)
+                        record.complete()
+                        yield event
+                        return
+        raise ReplicaLost("The replica ended the stream before the answer was complete.")
+
+    def _check(self, delta: Delta, request: ValidGeneration, progress: _Progress) -> None:
+        if progress.engine is None or delta.seq != progress.last_seq + 1:
+            raise DataCorrupt(f"The stream is broken: delta {delta.seq} came after {progress.last_seq}.")
+        if delta.choice_index >= request.n:
+            raise Internal("a replica sent a choice that was not asked for")
+        progress.last_seq = delta.seq
+        progress.completion_tokens += len(delta.token_ids)
+
+    def _settle(self, record: RequestRecord, progress: _Progress) -> None:
+        """Hands over what the outcome will say. Repeating it changes nothing."""
+        record.usage = progress.usage()
+        record.finish_reasons = progress.finished.finish_reasons if progress.finished else ()
+        record.time_to_first_token_s = progress.first_token_s
+        record.replica = progress.engine.replica if progress.engine else progress.replica
+        record.model_revision = progress.engine.model_revision if progress.engine else ""
+
+
+@dataclass(slots=True)
+class _Fold:
+    """Puts a stream's events together into the whole answer. Bounded by max_tokens."""
+
+    n: int
+    started: Started | None = None
+    finished: Finished | None = None
+    texts: list[list[str]] = field(init=False)
+    token_ids: list[list[int]] = field(init=False)
+    logprobs: list[list[TokenLogprob]] = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.texts = [[] for _ in range(self.n)]
+        self.token_ids = [[] for _ in range(self.n)]
+        self.logprobs = [[] for _ in range(self.n)]
+
+    def add(self, event: Event) -> None:
+        match event:
+            case Delta():
+                self.texts[event.choice_index].append(event.text)
+                self.token_ids[event.choice_index].extend(event.token_ids)
+                self.logprobs[event.choice_index].extend(event.logprobs)
+            case Started():
+                self.started = event
+            case Finished():
+                self.finished = event
+            case Moved():
+                pass
+
+    def result(self) -> Generation:
+        if self.started is None or self.finished is None:
+            raise Internal("a stream ended without Finished")
+        return Generation(
+            started=self.started,
+            choices=tuple(
+                Choice(
+                    index=index,
+                    text="".join(self.texts[index]),
+                    token_ids=tuple(self.token_ids[index]),
+                    finish_reason=reason,
+                    logprobs=tuple(self.logprobs[index]),
+                )
+                for index, reason in enumerate(self.finished.finish_reasons)
+            ),
+            usage=self.finished.usage,
+        )

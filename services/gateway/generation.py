@@ -1,0 +1,223 @@
+"""What the gateway speaks of: a request that can only be valid, the events of its answer, models.
+
+Plain types of our own: no gRPC, no JSON. `request` makes the first, `clients` the second; both edges
+translate from here.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from datetime import datetime
+from enum import IntEnum
+
+
+class Role(IntEnum):
+    """Who speaks. The numbers are those of llmos.gateway.v1.Role."""
+
+    SYSTEM = 1
+    USER = 2
+    ASSISTANT = 3
+
+
+class FinishReason(IntEnum):
+    """Why a choice ended. The numbers are those of llmos.common.v1.FinishReason."""
+
+    END_OF_SEQUENCE = 1
+    STOP = 2
+    LENGTH = 3
+    TOOL_CALLS = 4
+    CONTENT_FILTER = 5
+    CANCELLED = 6
+
+
+class Capability(IntEnum):
+    """What a model can do. The numbers are those of llmos.gateway.v1.ModelCapability."""
+
+    GENERATE = 1
+    CHAT = 2
+    TOOLS = 3
+    EMBED = 4
+    SCORE = 5
+
+
+@dataclass(frozen=True, slots=True)
+class Message:
+    """One message of a conversation."""
+
+    role: Role
+    parts: tuple[str, ...]
+    """The texts of its content, in order."""
+    name: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class Prompt:
+    """What the model continues: either messages, or raw text."""
+
+    messages: tuple[Message, ...] = ()
+    text: str = ""
+
+    @property
+    def is_chat(self) -> bool:
+        return bool(self.messages)
+
+
+@dataclass(frozen=True, slots=True)
+class Sampling:
+    """How tokens are chosen. None leaves it to the model's default."""
+
+    seed: int
+    """The seed in force: the caller's, or the one that was assigned. Unsigned, 64 bits."""
+    temperature: float | None = None
+    top_p: float | None = None
+    top_k: int | None = None
+    min_p: float | None = None
+    presence_penalty: float | None = None
+    frequency_penalty: float | None = None
+    repetition_penalty: float | None = None
+    logit_bias: tuple[tuple[int, float], ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class ValidPrompt:
+    """A request to count a prompt's tokens."""
+
+    model: str
+    prompt: Prompt
+
+
+@dataclass(frozen=True, slots=True)
+class ValidGeneration:
+    """A request that has passed every rule and asks for nothing that this version lacks."""
+
+    model: str
+    prompt: Prompt
+    sampling: Sampling
+    max_tokens: int | None = None
+    """For each choice. None: what is left of the context length, up to the replica's own limit."""
+    stop: tuple[str, ...] = ()
+    stop_token_ids: tuple[int, ...] = ()
+    n: int = 1
+    logprobs: bool = False
+    top_logprobs: int = 0
+    ignore_eos: bool = False
+    end_user: str = ""
+    labels: Mapping[str, str] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, slots=True)
+class Usage:
+    """Tokens, counted by the engine."""
+
+    prompt_tokens: int = 0
+    completion_tokens: int = 0
+    cached_prompt_tokens: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class EngineStarted:
+    """A replica has accepted the request."""
+
+    model_revision: str
+    prompt_tokens: int
+    replica: str
+
+
+@dataclass(frozen=True, slots=True)
+class Started:
+    """The first event of an answer."""
+
+    request_id: str
+    model: str
+    model_revision: str
+    seed: int
+
+
+@dataclass(frozen=True, slots=True)
+class Alternative:
+    """A token and its natural log probability."""
+
+    token_id: int
+    token: bytes
+    logprob: float
+
+
+@dataclass(frozen=True, slots=True)
+class TokenLogprob:
+    """The chosen token, and the most probable ones, most probable first."""
+
+    chosen: Alternative
+    top: tuple[Alternative, ...] = ()
+
+
+@dataclass(slots=True)
+class Delta:
+    """A piece of the answer. Not frozen only because that costs time for each token."""
+
+    seq: int
+    """1 for the first, then one more each."""
+    choice_index: int
+    text: str
+    token_ids: Sequence[int]
+    logprobs: Sequence[TokenLogprob] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class Moved:
+    """The stream went on at another replica."""
+
+    stream_id: str
+
+
+@dataclass(frozen=True, slots=True)
+class Finished:
+    """The last event: why each choice ended, in order of index, and what was counted."""
+
+    finish_reasons: tuple[FinishReason, ...]
+    usage: Usage
+
+
+EngineEvent = EngineStarted | Delta | Finished
+Event = Started | Delta | Moved | Finished
+
+
+@dataclass(frozen=True, slots=True)
+class Choice:
+    """One whole answer."""
+
+    index: int
+    text: str
+    token_ids: tuple[int, ...]
+    finish_reason: FinishReason
+    logprobs: tuple[TokenLogprob, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class Generation:
+    """All choices, and what was counted."""
+
+    started: Started
+    choices: tuple[Choice, ...]
+    usage: Usage
+
+
+@dataclass(frozen=True, slots=True)
+class TokenCount:
+    """The length of a prompt, and of the model's context, in tokens."""
+
+    prompt_tokens: int
+    context_tokens: int
+
+
+@dataclass(frozen=True, slots=True)
+class Model:
+    """A model, as its replicas describe it."""
+
+    id: str
+    revision: str
+    capabilities: tuple[Capability, ...]
+    context_tokens: int
+    create_time: datetime | None = None
+    ready: bool = False
+    """Whether a replica serves it now."""

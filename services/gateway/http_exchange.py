@@ -1,0 +1,151 @@
+"""One HTTP request and its answer, over ASGI: a bounded body in, one answer or a stream out.
+
+A caller that goes away cancels the work: `watch` says so to the task that serves the request.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Awaitable, Callable, Iterable, MutableMapping
+from email.utils import format_datetime
+from typing import Any
+
+from services.gateway import http_errors
+from services.mesh.clock import Clock
+from services.mesh.errors import Cancelled, LlmosError, MessageTooLarge
+
+Scope = MutableMapping[str, Any]
+Message = MutableMapping[str, Any]
+Receive = Callable[[], Awaitable[Message]]
+Send = Callable[[Message], Awaitable[None]]
+Header = tuple[bytes, bytes]
+
+JSON = (b"content-type", b"application/json")
+_STREAM = (
+    (b"content-type", b"text/event-stream; charset=utf-8"),
+    (b"cache-control", b"no-cache"),
+    # nginx collects answers otherwise.
+    (b"x-accel-buffering", b"no"),
+)
+DISCARD_FACTOR = 8
+"""Of a body that is too large, so many times the limit is read and dropped, so that the caller, who is still
+sending, gets to read the answer. Beyond that the connection is simply closed."""
+
+
+class Exchange:
+    """Sends at most one answer; after its first byte an error becomes the stream's last event."""
+
+    def __init__(self, scope: Scope, receive: Receive, send: Send, *, request_id: str, clock: Clock) -> None:
+        self.scope = scope
+        self.gone = False
+        """The caller has left."""
+        self.headers = {name.decode("latin-1"): value.decode("latin-1") for name, value in scope["headers"]}
+        self._receive = receive
+        self._send = send
+        self._clock = clock
+        self._received_s = clock.monotonic()
+        self._request_id = request_id.encode()
+        self._begun = False
+        self._complete = False
+        self._close = False
+        self._watch: asyncio.Task[None] | None = None
+
+    @property
+    def stalled(self) -> bool:
+        """Whether the caller was cut off since it read nothing."""
+        return bool(getattr(self.scope.get("llmos.connection"), "stalled", False))
+
+    async def body(self, max_bytes: int) -> bytes:
+        """The whole body. Raises MessageTooLarge, or Cancelled where the caller leaves meanwhile."""
+        declared = self.headers.get("content-length", "")
+        if declared.isdecimal() and int(declared) > max_bytes * DISCARD_FACTOR:
+            self._close = True
+            raise _too_large(max_bytes)
+        parts: list[bytes] = []
+        size = 0
+        while True:
+            message = await self._receive()
+            if message["type"] == "http.disconnect":
+                self.gone = True
+                raise Cancelled("The caller went away before it had sent the request.")
+            part = message.get("body", b"")
+            size += len(part)
+            if size > max_bytes:
+                parts.clear()
+            else:
+                parts.append(part)
+            if size > max_bytes * DISCARD_FACTOR:
+                self._close = True
+                raise _too_large(max_bytes)
+            if not message.get("more_body", False):
+                break
+        if size > max_bytes:
+            raise _too_large(max_bytes)
+        return b"".join(parts)
+
+    def watch(self) -> None:
+        """From now on, the caller's leaving cancels the present task. The body must have been read."""
+        task = asyncio.current_task()
+        if task is not None:
+            self._watch = asyncio.create_task(self._watching(task))
+
+    async def respond(self, status: int, body: bytes, headers: Iterable[Header] = (JSON,)) -> None:
+        """Sends the whole answer."""
+        length = (b"content-length", b"%d" % len(body))
+        await self._start(status, (*headers, length))
+        self._complete = True
+        await self._send({"type": "http.response.body", "body": body, "more_body": False})
+
+    async def begin_stream(self) -> None:
+        """Sends the head of a stream of server-sent events."""
+        await self._start(200, _STREAM)
+
+    async def send(self, data: bytes) -> None:
+        """Sends events; waits where the caller reads too slowly."""
+        await self._send({"type": "http.response.body", "body": data, "more_body": True})
+
+    async def end(self, data: bytes) -> None:
+        """Sends the last events and ends the stream."""
+        self._complete = True
+        await self._send({"type": "http.response.body", "body": data, "more_body": False})
+
+    async def fail(self, error: LlmosError) -> None:
+        """Sends the error, in whatever form is still possible."""
+        if self._complete or self.gone:
+            return
+        body = http_errors.body(error)
+        if self._begun:
+            await self.end(b"data: " + body + b"\n\n")
+        else:
+            await self.respond(http_errors.status(error), body, (JSON, *http_errors.headers(error)))
+
+    async def close(self) -> None:
+        """Ends the watching."""
+        if self._watch is not None:
+            self._watch.cancel()
+
+    async def _start(self, status: int, headers: Iterable[Header]) -> None:
+        self._begun = True
+        elapsed_ms = int((self._clock.monotonic() - self._received_s) * 1000)
+        common = [
+            (b"date", format_datetime(self._clock.now(), usegmt=True).encode()),
+            (b"x-request-id", self._request_id),
+            (b"openai-processing-ms", b"%d" % elapsed_ms),
+        ]
+        if self._close:
+            common.append((b"connection", b"close"))
+        await self._send({"type": "http.response.start", "status": status, "headers": [*common, *headers]})
+
+    async def _watching(self, task: asyncio.Task[Any]) -> None:
+        while not self._complete:
+            message = await self._receive()
+            if message["type"] == "http.disconnect":
+                # The same message also says that our own answer is complete.
+                if not self._complete:
+                    self.gone = True
+                    task.cancel()
+                return
+
+
+def _too_large(max_bytes: int) -> MessageTooLarge:
+    return MessageTooLarge(f"The body is larger than the limit of {max_bytes} bytes.")

@@ -1,0 +1,266 @@
+"""The HTTP listener: uvicorn's protocol with the limits that it lacks, and our own way of stopping.
+
+A connection has a deadline for the TLS handshake, one for each request from its first byte to its last,
+one for idling, and one for a reader that takes nothing. Its head, its number and its body (`http_exchange`)
+are bounded. uvicorn's server is not used: it installs signal handlers and has no such deadlines.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import ssl
+from collections.abc import Callable
+from contextlib import suppress
+from dataclasses import dataclass
+from http import HTTPStatus
+from typing import Any, cast
+
+from starlette.types import ASGIApp
+from uvicorn.config import Config
+from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol, RequestResponseCycle
+from uvicorn.server import ServerState
+
+from services.gateway import http_errors
+from services.mesh.tls import TlsFiles
+
+logger = logging.getLogger(__name__)
+
+HANDSHAKE_TIMEOUT_S = 10.0
+ABORT_TIMEOUT_S = 5.0
+"""For the `finally` of requests that are cut off at the end of a drain."""
+
+
+@dataclass(frozen=True, slots=True)
+class HttpLimits:
+    """What a connection may cost."""
+
+    max_connections: int
+    max_head_bytes: int
+    """Request line and headers together."""
+    receive_timeout_s: float
+    """From a request's first byte (or the connection's beginning) to its last."""
+    idle_timeout_s: int
+    """Between two requests of a connection."""
+    write_timeout_s: float
+    """A reader that takes nothing for so long is cut off."""
+
+
+class BoundedProtocol(HttpToolsProtocol):
+    """One connection."""
+
+    def __init__(
+        self, config: Config, state: ServerState, limits: HttpLimits, on_lost: Callable[[], None]
+    ) -> None:
+        super().__init__(config, state, {})
+        self._limits = limits
+        self._on_lost = on_lost
+        self._receiving: asyncio.TimerHandle | None = None
+        self._stalling: asyncio.TimerHandle | None = None
+        self._in_message = False
+        self._in_head = False
+        self._head_bytes = 0
+        self._unsent_bytes = 0
+        self.stalled = False
+
+    def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
+        super().connection_made(transport)
+        if len(self.connections) > self._limits.max_connections:
+            self._refuse(503, "The server has as many connections as it may have. Retry later.")
+            return
+        self._arm()
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        self._disarm()
+        self._unset_keepalive_if_required()
+        if self._stalling is not None:
+            self._stalling.cancel()
+        super().connection_lost(exc)
+        self._on_lost()
+
+    def data_received(self, data: bytes) -> None:
+        if self._receiving is None and not self._in_message:
+            self._arm()
+        super().data_received(data)
+        if self._in_head and not self.transport.is_closing():
+            self._head_bytes += len(data)
+            if self._head_bytes > self._limits.max_head_bytes:
+                self._refuse(431, "The request's head is too large.")
+
+    def on_message_begin(self) -> None:
+        super().on_message_begin()
+        self.scope["llmos.connection"] = self  # type: ignore[typeddict-unknown-key]
+        self._in_message = self._in_head = True
+        self._head_bytes = 0
+
+    def on_headers_complete(self) -> None:
+        self._in_head = False
+        size = len(self.url) + sum(len(name) + len(value) + 4 for name, value in self.headers)
+        if size > self._limits.max_head_bytes:
+            self._refuse(431, "The request's head is too large.")
+            return
+        super().on_headers_complete()
+
+    def on_body(self, body: bytes) -> None:
+        if not self.transport.is_closing():
+            super().on_body(body)
+
+    def on_message_complete(self) -> None:
+        self._in_message = False
+        self._disarm()
+        if not self.transport.is_closing():
+            super().on_message_complete()
+
+    def send_400_response(self, msg: str) -> None:
+        self._refuse(400, msg)
+
+    def pause_writing(self) -> None:
+        super().pause_writing()
+        self._unsent_bytes = self.transport.get_write_buffer_size()
+        self._stalling = self.loop.call_later(self._limits.write_timeout_s, self._on_stall)
+
+    def resume_writing(self) -> None:
+        super().resume_writing()
+        if self._stalling is not None:
+            self._stalling.cancel()
+            self._stalling = None
+
+    def _on_stall(self) -> None:
+        unsent_bytes = self.transport.get_write_buffer_size()
+        if unsent_bytes < self._unsent_bytes:
+            # Slow, but it reads.
+            self._unsent_bytes = unsent_bytes
+            self._stalling = self.loop.call_later(self._limits.write_timeout_s, self._on_stall)
+            return
+        self.stalled = True
+        self.transport.abort()
+
+    def _arm(self) -> None:
+        self._receiving = self.loop.call_later(self._limits.receive_timeout_s, self._on_receive_timeout)
+
+    def _disarm(self) -> None:
+        if self._receiving is not None:
+            self._receiving.cancel()
+            self._receiving = None
+
+    def _on_receive_timeout(self) -> None:
+        self._receiving = None
+        if not self.transport.is_closing():
+            self._refuse(408, "The request did not arrive in time.")
+
+    def _refuse(self, code: int, text: str) -> None:
+        """Answers by itself, unless an answer is on its way, and closes."""
+        # Before the first request there is none, whatever uvicorn's annotation says.
+        cycle = cast("RequestResponseCycle | None", self.cycle)
+        if cycle is None or not cycle.response_started or cycle.response_complete:
+            body = http_errors.plain_body(code, text)
+            head = (
+                f"HTTP/1.1 {code} {HTTPStatus(code).phrase}\r\ncontent-type: application/json\r\n"
+                f"content-length: {len(body)}\r\nconnection: close\r\n"
+            )
+            if code == HTTPStatus.SERVICE_UNAVAILABLE:
+                head += "retry-after: 1\r\n"
+            self.transport.write(head.encode() + b"\r\n" + body)
+        self.transport.close()
+        if cycle is not None and not cycle.response_complete:
+            # At once, and not when the other side has taken the rest: a task must not wait for that.
+            cycle.disconnected = True
+            cycle.message_event.set()
+
+
+class HttpServer:
+    """The edge: `start`, later `drain`."""
+
+    def __init__(
+        self, app: ASGIApp, *, host: str, port: int, limits: HttpLimits, tls: TlsFiles | None = None
+    ) -> None:
+        self._host = host
+        self._port = port
+        self._limits = limits
+        self._tls = tls
+        self._state = ServerState()
+        self._config = Config(
+            app,
+            http=BoundedProtocol,
+            ws="none",
+            lifespan="off",
+            interface="asgi3",
+            log_config=None,
+            access_log=False,
+            proxy_headers=False,
+            server_header=False,
+            date_header=False,
+            timeout_keep_alive=limits.idle_timeout_s,
+            reset_contextvars=True,
+        )
+        self._server: asyncio.Server | None = None
+        self._empty = asyncio.Event()
+        self.ports: dict[str, int] = {}
+
+    @property
+    def connections(self) -> int:
+        return len(self._state.connections)
+
+    async def start(self) -> None:
+        """Opens the listener. Raises OSError with a sentence where the port is taken."""
+        self._config.load()
+        # uvicorn would log every broken request and every cancelled one.
+        logging.getLogger("uvicorn").setLevel(logging.CRITICAL)
+        context = None if self._tls is None else reloading_context(self._tls)
+        try:
+            self._server = await asyncio.get_running_loop().create_server(
+                self._protocol,
+                self._host,
+                self._port,
+                ssl=context,
+                backlog=1024,
+                ssl_handshake_timeout=HANDSHAKE_TIMEOUT_S if context else None,
+            )
+        except OSError as error:
+            raise OSError(f"cannot listen on {self._host}:{self._port} for HTTP: {error.strerror}") from error
+        self.ports["http"] = self._server.sockets[0].getsockname()[1]
+
+    async def drain(self, grace_s: float) -> None:
+        """Stops accepting, closes idle connections, lets answers finish, cuts off the rest."""
+        if self._server is not None:
+            self._server.close()
+        for connection in tuple(self._state.connections):
+            connection.shutdown()
+        self._empty.clear()
+        self._on_lost()
+        with suppress(TimeoutError):
+            await asyncio.wait_for(self._empty.wait(), grace_s)
+        tasks = set(self._state.tasks)
+        for task in tasks:
+            task.cancel()
+        if tasks:
+            await asyncio.wait(tasks, timeout=ABORT_TIMEOUT_S)
+        for connection in tuple(self._state.connections):
+            if isinstance(connection, BoundedProtocol):
+                connection.transport.abort()
+
+    def _on_lost(self) -> None:
+        if not self._state.connections:
+            self._empty.set()
+
+    def _protocol(self) -> asyncio.Protocol:
+        return BoundedProtocol(self._config, self._state, self._limits, self._on_lost)
+
+
+def reloading_context(files: TlsFiles) -> ssl.SSLContext:
+    """A context that takes what the files hold at each handshake, and demands a client certificate."""
+    outer = files.http_context()
+    current, version = outer, files.version
+
+    def choose(connection: ssl.SSLObject, name: str | None, context: ssl.SSLContext) -> None:
+        nonlocal current, version
+        files.load()
+        if files.version != version:
+            # A context of its own: the handshake that runs has taken its certificates already.
+            current, version = files.http_context(), files.version
+        if current is not outer:
+            connection.context = current
+
+    callback: Callable[[Any, Any, Any], None] = choose
+    outer.sni_callback = callback
+    return outer

@@ -1,0 +1,62 @@
+"""What the gateway's domain needs of the world. `clients` has the gRPC implementations, the mesh's spool is
+the audit port, and tests have fakes in memory."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncGenerator
+from dataclasses import dataclass
+from datetime import datetime
+from typing import Protocol
+
+from services.gateway.generation import EngineEvent, Model, TokenCount, ValidGeneration, ValidPrompt
+from services.mesh.context import Identity
+from services.mesh.events import RequestEnded, RequestStarted
+
+
+class InferencePort(Protocol):
+    """One replica of inference."""
+
+    def generate(self, request_id: str, request: ValidGeneration) -> AsyncGenerator[EngineEvent, None]:
+        """EngineStarted, then Delta, then Finished. Closing the generator ends the work at the replica.
+
+        Raises ReplicaLost where the replica cannot be reached, or went away; other errors as it raised them.
+        """
+
+    async def count_tokens(self, request: ValidPrompt) -> TokenCount:
+        """Raises as `generate` does."""
+
+    async def list_models(self) -> tuple[Model, ...]:
+        """What this replica has, sorted by id. Raises as `generate` does."""
+
+    async def is_healthy(self) -> bool:
+        """Whether the replica says that it serves. Ends within a deadline of its own, and raises nothing."""
+
+
+@dataclass(frozen=True, slots=True)
+class ExchangedKey:
+    """What an API key stands for."""
+
+    identity: Identity
+    expires_at: datetime
+    """Until then the answer may be used again."""
+
+
+class AuthPort(Protocol):
+    """The auth service."""
+
+    async def exchange(self, api_key: str) -> ExchangedKey:
+        """Raises one of the UNAUTHENTICATED errors for a bad key, DependencyUnavailable where auth does not
+        answer."""
+
+
+class AuditPort(Protocol):
+    """Where the audit log begins. What has returned is on this machine's disk."""
+
+    async def append_started(self, event: RequestStarted) -> None:
+        """Raises AuditUnavailable where the spool is full and the deployment chose `strict`."""
+
+    async def append_ended(self, event: RequestEnded) -> None:
+        """As `append_started`; room is kept for the outcomes of what has begun."""
+
+    def count_anonymous(self, source_address: str, reason: str) -> None:
+        """Counts a refusal of someone unknown; never a record of its own."""

@@ -1,0 +1,150 @@
+"""Parses a public message once, into a type that can only be valid.
+
+Three kinds of rules, in this order: those of the protos (protovalidate), what this version does not offer
+yet, and the deployment's own limits. What is not offered is refused by its field's name, never ignored.
+"""
+
+from __future__ import annotations
+
+import secrets
+from collections.abc import Callable, Iterable
+
+from google.protobuf.message import Message as ProtoMessage
+from llmos.gateway.v1 import generation_pb2, generation_service_pb2, model_service_pb2
+
+from services.gateway.generation import Message, Prompt, Role, Sampling, ValidGeneration, ValidPrompt
+from services.mesh import validation
+from services.mesh.errors import NotImplementedYet, RequestInvalid, Violation
+
+Spec = generation_pb2.GenerationSpec
+
+
+def new_seed() -> int:
+    """63 random bits: what a JSON client can hold in a signed number."""
+    return secrets.randbits(63)
+
+
+class RequestParser:
+    """Holds the deployment's limits."""
+
+    def __init__(self, *, max_tokens_limit: int, assign_seed: Callable[[], int] = new_seed) -> None:
+        self._max_tokens_limit = max_tokens_limit
+        self._assign_seed = assign_seed
+
+    def generation(
+        self, message: generation_service_pb2.GenerateRequest | generation_service_pb2.StreamGenerateRequest
+    ) -> ValidGeneration:
+        """Raises RequestInvalid or NotImplementedYet, which name the fields."""
+        validation.validate(message)
+        _refuse_unoffered(_unoffered(message))
+        spec = message.spec
+        self._check_limits(spec)
+        return ValidGeneration(
+            model=spec.model,
+            prompt=_prompt(spec.prompt),
+            sampling=self._sampling(spec.sampling),
+            max_tokens=spec.max_tokens if spec.HasField("max_tokens") else None,
+            stop=tuple(spec.stop),
+            stop_token_ids=tuple(spec.stop_token_ids),
+            n=spec.n or 1,
+            logprobs=spec.logprobs,
+            top_logprobs=spec.top_logprobs,
+            ignore_eos=spec.ignore_eos,
+            end_user=spec.end_user,
+            labels=dict(spec.labels),
+        )
+
+    def count_tokens(self, message: generation_service_pb2.CountTokensRequest) -> ValidPrompt:
+        """Raises RequestInvalid or NotImplementedYet, which name the fields."""
+        validation.validate(message)
+        _refuse_unoffered(_unoffered_in_prompt(message.prompt, "prompt"))
+        return ValidPrompt(model=message.model, prompt=_prompt(message.prompt))
+
+    def model(self, message: model_service_pb2.GetModelRequest) -> str:
+        """The id of the model. Raises RequestInvalid."""
+        validation.validate(message)
+        return message.id
+
+    def _check_limits(self, spec: Spec) -> None:
+        if spec.max_tokens > self._max_tokens_limit:
+            raise RequestInvalid(
+                f"`spec.max_tokens` is above this deployment's limit of {self._max_tokens_limit}.",
+                violations=[Violation("spec.max_tokens", f"must be at most {self._max_tokens_limit}")],
+            )
+
+    def _sampling(self, given: generation_pb2.SamplingParams) -> Sampling:
+        def optional(name: str) -> float | None:
+            return getattr(given, name) if given.HasField(name) else None  # type: ignore[arg-type]
+
+        return Sampling(
+            seed=given.seed if given.HasField("seed") else self._assign_seed(),
+            temperature=optional("temperature"),
+            top_p=optional("top_p"),
+            top_k=given.top_k if given.HasField("top_k") else None,
+            min_p=optional("min_p"),
+            presence_penalty=optional("presence_penalty"),
+            frequency_penalty=optional("frequency_penalty"),
+            repetition_penalty=optional("repetition_penalty"),
+            logit_bias=tuple(sorted(given.logit_bias.items())),
+        )
+
+
+def validate(message: ProtoMessage) -> None:
+    """The proto's own rules alone, for messages that are passed on as they are. Raises RequestInvalid."""
+    validation.validate(message)
+
+
+def _refuse_unoffered(fields: Iterable[str]) -> None:
+    named = list(fields)
+    if named:
+        names = ", ".join(f"`{name}`" for name in named)
+        raise NotImplementedYet(
+            f"This version of the server does not offer {names}.",
+            hint="Leave it out.",
+            violations=[Violation(name, "is not offered by this version of the server") for name in named],
+        )
+
+
+def _unoffered(
+    message: generation_service_pb2.GenerateRequest | generation_service_pb2.StreamGenerateRequest,
+) -> Iterable[str]:
+    if message.idempotency_key:
+        yield "idempotency_key"
+    if isinstance(message, generation_service_pb2.GenerateRequest):
+        if message.HasField("retry_on_failure"):
+            yield "retry_on_failure"
+    elif message.resumable:
+        yield "resumable"
+    spec = message.spec
+    if spec.tools:
+        yield "spec.tools"
+    if spec.HasField("tool_choice") and (
+        spec.tool_choice.tool_name or spec.tool_choice.mode == generation_pb2.ToolChoice.MODE_REQUIRED
+    ):
+        # The other modes change nothing where there are no tools.
+        yield "spec.tool_choice"
+    if spec.HasField("response_format") and spec.response_format.WhichOneof("format"):
+        yield "spec.response_format"
+    yield from _unoffered_in_prompt(spec.prompt, "spec.prompt")
+
+
+def _unoffered_in_prompt(prompt: generation_pb2.Prompt, path: str) -> Iterable[str]:
+    for index, message in enumerate(prompt.chat.messages):
+        where = f"{path}.chat.messages[{index}]"
+        if message.role == generation_pb2.ROLE_TOOL:
+            yield f"{where}.role"
+        if message.tool_calls:
+            yield f"{where}.tool_calls"
+        if message.tool_call_id:
+            yield f"{where}.tool_call_id"
+
+
+def _prompt(prompt: generation_pb2.Prompt) -> Prompt:
+    if prompt.WhichOneof("kind") == "text":
+        return Prompt(text=prompt.text)
+    return Prompt(
+        messages=tuple(
+            Message(Role(message.role), tuple(part.text for part in message.content), message.name)
+            for message in prompt.chat.messages
+        )
+    )

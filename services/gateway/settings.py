@@ -1,0 +1,94 @@
+"""What the gateway is told, by variables that begin with `LLMOS_GATEWAY_`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, ClassVar, Literal
+
+from pydantic import Field, field_validator, model_validator
+from pydantic_settings import NoDecode, SettingsConfigDict
+
+from services.mesh.settings import LOOPBACK, Port, PositiveSeconds, ServiceSettings
+
+MIB = 1024 * 1024
+
+
+class GatewaySettings(ServiceSettings):
+    """Settings of the gateway."""
+
+    model_config = SettingsConfigDict(
+        env_prefix="LLMOS_GATEWAY_", frozen=True, extra="forbid", env_ignore_empty=True
+    )
+    service: ClassVar[str] = "gateway"
+
+    grpc_port: Port = 50050
+    metrics_port: Port = 51050
+    state_dir: Path = Path(".state/gateway")
+
+    inference_targets: Annotated[tuple[str, ...], NoDecode] = ("127.0.0.1:50052",)
+    """The replicas of inference: `host:port`, several with commas."""
+    logging_target: str = "127.0.0.1:50053"
+    probe_interval_s: PositiveSeconds = 0.5
+    """How often each replica is asked for its health."""
+    probe_timeout_s: PositiveSeconds = 2
+    """A replica that does not say within that time that it serves does not serve."""
+
+    max_concurrent_generations: int = Field(default=512, ge=1)
+    """More than so many answers at work at once are refused, on both edges together."""
+    max_tokens_limit: int = Field(default=4096, ge=1, le=1_048_576)
+    """The most that a request may ask for, for each choice."""
+
+    key_cache_max_entries: int = Field(default=10_000, ge=1)
+    """API keys that are remembered, until what they stand for expires; as many refused ones."""
+    key_refusal_ttl_s: PositiveSeconds = 5
+    """How long a refused API key is refused again without asking auth."""
+    token_cache_max_entries: int = Field(default=10_000, ge=1)
+    """Access tokens that are remembered as verified, until they expire."""
+
+    kafka_bootstrap_servers: str = "127.0.0.1:50092"
+    """`host:port`, several with commas."""
+    kafka_topic_prefix: str = Field(default="llmos", pattern=r"^[a-zA-Z0-9._-]{1,100}$")
+    """Topics are PREFIX.audit.v1 and so on."""
+    audit_mode: Literal["permissive", "strict"] = "permissive"
+    """What happens when the spool is full: `permissive` serves on, drops events and counts them; `strict`
+    refuses."""
+    spool_max_bytes: int = Field(default=512 * MIB, ge=MIB)
+    """What the audit spool may hold on disk."""
+
+    http_host: str = ""
+    """Where HTTP listens; empty: as `listen_host`."""
+    http_port: Port = 8080
+    """0 takes a free one."""
+    http_max_connections: int = Field(default=2048, ge=1)
+    http_max_head_bytes: int = Field(default=16 * 1024, ge=1024)
+    """A request's first line and headers together."""
+    http_max_body_bytes: int = Field(default=4 * MIB, ge=1024)
+    http_receive_timeout_s: PositiveSeconds = 8
+    """From a request's first byte to its last."""
+    http_idle_timeout_s: int = Field(default=15, ge=1, le=3600)
+    """A connection without a request is closed after that."""
+
+    @field_validator("inference_targets", mode="before")
+    @classmethod
+    def _split(cls, value: object) -> object:
+        if isinstance(value, str):
+            return tuple(part.strip() for part in value.split(",") if part.strip())
+        return value
+
+    @model_validator(mode="after")
+    def _gateway_combinations(self) -> GatewaySettings:
+        if not self.inference_targets:
+            raise ValueError("inference_targets must name at least one replica")
+        if len(set(self.inference_targets)) != len(self.inference_targets):
+            raise ValueError("inference_targets names a replica twice")
+        if not self.tls and self.http_listen_host not in LOOPBACK and not self.allow_plaintext:
+            raise ValueError(f"http_host {self.http_listen_host} is not loopback: configure TLS")
+        return self
+
+    @property
+    def http_listen_host(self) -> str:
+        return self.http_host or self.listen_host
+
+    @property
+    def audit_topic(self) -> str:
+        return f"{self.kafka_topic_prefix}.audit.v1"

@@ -1,0 +1,188 @@
+"""The gateway's spans and metrics of generation: all names in one place.
+
+They follow the OpenTelemetry semantic conventions for generative AI, 1.41, with the buckets given there.
+No attribute holds text of a caller's.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+
+from opentelemetry import metrics, trace
+from opentelemetry.trace import Span, SpanKind, StatusCode
+
+from services.gateway.auditing import RequestRecord
+from services.gateway.generation import EngineStarted, Finished, FinishReason, Usage, ValidGeneration
+from services.mesh.clock import Clock
+from services.mesh.errors import LlmosError
+
+PROVIDER = "llmos"
+OPERATION_CHAT = "chat"
+OPERATION_TEXT = "text_completion"
+
+FINISH_NAMES: Mapping[FinishReason, str] = {
+    FinishReason.END_OF_SEQUENCE: "stop",
+    FinishReason.STOP: "stop",
+    FinishReason.LENGTH: "length",
+    FinishReason.TOOL_CALLS: "tool_calls",
+    FinishReason.CONTENT_FILTER: "content_filter",
+    FinishReason.CANCELLED: "cancelled",
+}
+
+_DURATION_S = (0.01, 0.02, 0.04, 0.08, 0.16, 0.32, 0.64, 1.28, 2.56, 5.12, 10.24, 20.48, 40.96, 81.92)
+_FIRST_TOKEN_S = (
+    *(0.001, 0.005, 0.01, 0.02, 0.04, 0.06, 0.08, 0.1, 0.25, 0.5, 0.75, 1.0, 2.5, 5.0, 7.5, 10.0),
+)
+_PER_TOKEN_S = (0.01, 0.025, 0.05, 0.075, 0.1, 0.15, 0.2, 0.3, 0.4, 0.5, 0.75, 1.0, 2.5)
+_TOKENS = tuple(4**power for power in range(14))
+
+
+class Measured:
+    """One generation being measured."""
+
+    def __init__(self, span: Span) -> None:
+        self._span = span
+        self.usage: Usage | None = None
+        self.first_token_s: float | None = None
+        self.known_model = False
+
+    def settle(
+        self,
+        usage: Usage,
+        finished: Finished | None,
+        engine: EngineStarted | None,
+        first_token_s: float | None,
+    ) -> None:
+        """What is known at the end. Called once."""
+        self.usage, self.first_token_s, self.known_model = usage, first_token_s, engine is not None
+        if not self._span.is_recording():
+            return
+        self._span.set_attributes(
+            {
+                "gen_ai.usage.input_tokens": usage.prompt_tokens,
+                "gen_ai.usage.output_tokens": usage.completion_tokens,
+                "gen_ai.usage.cache_read.input_tokens": usage.cached_prompt_tokens,
+            }
+        )
+        if finished is not None:
+            reasons = [FINISH_NAMES[reason] for reason in finished.finish_reasons]
+            self._span.set_attribute("gen_ai.response.finish_reasons", reasons)
+        if engine is not None:
+            self._span.set_attribute("llmos.replica", engine.replica)
+
+
+class Instruments:
+    """Makes the span of a generation, and records it in the metrics."""
+
+    def __init__(self, clock: Clock) -> None:
+        self._clock = clock
+        self._tracer = trace.get_tracer("llmos.gateway")
+        meter = metrics.get_meter("llmos.gateway")
+        self._duration = meter.create_histogram(
+            "gen_ai.client.operation.duration",
+            unit="s",
+            description="Duration of a generation, as the caller sees it.",
+            explicit_bucket_boundaries_advisory=_DURATION_S,
+        )
+        self._request = meter.create_histogram(
+            "gen_ai.server.request.duration",
+            unit="s",
+            description="Duration of a generation, from arrival to the last token.",
+            explicit_bucket_boundaries_advisory=_DURATION_S,
+        )
+        self._tokens = meter.create_histogram(
+            "gen_ai.client.token.usage",
+            unit="{token}",
+            description="Tokens of a generation, by type.",
+            explicit_bucket_boundaries_advisory=_TOKENS,
+        )
+        self._first_token = meter.create_histogram(
+            "gen_ai.server.time_to_first_token",
+            unit="s",
+            description="From arrival to the first token.",
+            explicit_bucket_boundaries_advisory=_FIRST_TOKEN_S,
+        )
+        self._per_token = meter.create_histogram(
+            "gen_ai.server.time_per_output_token",
+            unit="s",
+            description="From the first token to the last, for each token after the first.",
+            explicit_bucket_boundaries_advisory=_PER_TOKEN_S,
+        )
+
+    @contextmanager
+    def generation(self, request: ValidGeneration, record: RequestRecord) -> Iterator[Measured]:
+        """A CLIENT span around the block; what leaves the block as an error is named on it."""
+        operation = OPERATION_CHAT if request.prompt.is_chat else OPERATION_TEXT
+        labels: dict[str, str] = {
+            "gen_ai.operation.name": operation,
+            "gen_ai.provider.name": PROVIDER,
+            "gen_ai.request.model": request.model,
+        }
+        begun_s = self._clock.monotonic()
+        with self._tracer.start_as_current_span(
+            f"{operation} {request.model}",
+            kind=SpanKind.CLIENT,
+            attributes=labels,
+            record_exception=False,
+            set_status_on_exception=False,
+        ) as span:
+            if span.is_recording():
+                span.set_attributes(_details(request))
+                span.set_attribute("gen_ai.response.id", record.request_id)
+                span.set_attribute("gen_ai.response.model", request.model)
+            measured = Measured(span)
+            try:
+                yield measured
+            except BaseException as error:
+                labels["error.type"] = _error_type(error)
+                span.set_attribute("error.type", labels["error.type"])
+                if isinstance(error, Exception):
+                    span.set_status(StatusCode.ERROR, labels["error.type"])
+                raise
+            finally:
+                self._record(labels, measured, self._clock.monotonic() - begun_s)
+
+    def _record(self, labels: dict[str, str], measured: Measured, duration_s: float) -> None:
+        if not measured.known_model:
+            # Whatever a caller may write there must not become a time series.
+            del labels["gen_ai.request.model"]
+        self._duration.record(duration_s, labels)
+        self._request.record(duration_s, labels)
+        usage, first_token_s = measured.usage, measured.first_token_s
+        if usage is None:
+            return
+        self._tokens.record(usage.prompt_tokens, {**labels, "gen_ai.token.type": "input"})
+        self._tokens.record(usage.completion_tokens, {**labels, "gen_ai.token.type": "output"})
+        if first_token_s is not None:
+            self._first_token.record(first_token_s, labels)
+            if usage.completion_tokens > 1:
+                rest_s = max(duration_s - first_token_s, 0.0)
+                self._per_token.record(rest_s / (usage.completion_tokens - 1), labels)
+
+
+def _details(request: ValidGeneration) -> dict[str, str | int | float | list[str]]:
+    # Stop sequences are the caller's text: only how many there are is said.
+    sampling = request.sampling
+    optional: dict[str, str | int | float | None] = {
+        "gen_ai.request.max_tokens": request.max_tokens,
+        "gen_ai.request.temperature": sampling.temperature,
+        "gen_ai.request.top_p": sampling.top_p,
+        "gen_ai.request.top_k": sampling.top_k,
+        "gen_ai.request.presence_penalty": sampling.presence_penalty,
+        "gen_ai.request.frequency_penalty": sampling.frequency_penalty,
+        "gen_ai.request.choice.count": request.n if request.n > 1 else None,
+        "llmos.request.stop_count": len(request.stop) or None,
+    }
+    found: dict[str, str | int | float | list[str]] = {
+        name: value for name, value in optional.items() if value is not None
+    }
+    # A span's integers are signed.
+    found["gen_ai.request.seed"] = str(sampling.seed) if sampling.seed >= 2**63 else sampling.seed
+    return found
+
+
+def _error_type(error: BaseException) -> str:
+    if isinstance(error, LlmosError):
+        return error.reason
+    return "CANCELLED" if not isinstance(error, Exception) else "INTERNAL"

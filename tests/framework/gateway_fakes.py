@@ -1,0 +1,219 @@
+"""The gateway's ports in memory: replicas that play scripts, an auth that counts, a spool that remembers."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncGenerator, AsyncIterator, Sequence
+from contextlib import asynccontextmanager
+from dataclasses import dataclass, field
+from datetime import UTC, datetime, timedelta
+
+from services.gateway.admission import Admission
+from services.gateway.auditing import AuditTrail, RequestRecord
+from services.gateway.completion import Completions
+from services.gateway.generation import (
+    Capability,
+    Delta,
+    EngineEvent,
+    EngineStarted,
+    Finished,
+    FinishReason,
+    Message,
+    Model,
+    Prompt,
+    Role,
+    Sampling,
+    TokenCount,
+    Usage,
+    ValidGeneration,
+    ValidPrompt,
+)
+from services.gateway.ports import ExchangedKey
+from services.gateway.routing import Replica, Router
+from services.gateway.telemetry import Instruments
+from services.mesh.clock import Clock, SystemClock
+from services.mesh.context import Caller, Identity, RequestContext
+from services.mesh.errors import LlmosError, ReplicaLost
+from services.mesh.events import Edge, RequestEnded, RequestStarted
+
+MODEL = Model(
+    "echo-1", "rev-1", (Capability.GENERATE, Capability.CHAT), 4096, datetime(2030, 1, 1, tzinfo=UTC), True
+)
+ALICE = Identity("acme", "alice", "key_1", frozenset({"generate", "models.read", "audit.read"}))
+
+
+class Gate:
+    """A place in a script: tells that it was reached, and waits to be opened."""
+
+    def __init__(self) -> None:
+        self.reached = asyncio.Event()
+        self.open = asyncio.Event()
+        self.arrivals = asyncio.Semaphore(0)
+        """Released once for each arrival."""
+
+    async def passing(self) -> None:
+        self.reached.set()
+        self.arrivals.release()
+        await self.open.wait()
+
+
+Step = EngineEvent | LlmosError | Gate
+
+
+def answer(*texts: str, first_seq: int = 1, reason: FinishReason = FinishReason.STOP) -> list[Step]:
+    """A whole, correct answer of one choice."""
+    deltas = [Delta(first_seq + i, 0, text, (100 + i,)) for i, text in enumerate(texts)]
+    return [
+        EngineStarted("rev-1", 7, "replica-0"),
+        *deltas,
+        Finished((reason,), Usage(7, len(texts), 3)),
+    ]
+
+
+class FakeReplica:
+    """An `InferencePort` that plays its scripts in turn; the last one again and again."""
+
+    def __init__(
+        self, *scripts: Sequence[Step], models: Sequence[Model] = (MODEL,), healthy: bool = True
+    ) -> None:
+        self.scripts = list(scripts) or [answer("Hello", " world")]
+        self.models = tuple(models)
+        self.healthy = healthy
+        self.requests: list[ValidGeneration] = []
+        self.closed = 0
+        self.running = 0
+        self.most_running = 0
+
+    async def generate(self, request_id: str, request: ValidGeneration) -> AsyncGenerator[EngineEvent, None]:
+        script = self.scripts[min(len(self.requests), len(self.scripts) - 1)]
+        self.requests.append(request)
+        self.running += 1
+        self.most_running = max(self.most_running, self.running)
+        try:
+            for step in script:
+                if isinstance(step, Gate):
+                    await step.passing()
+                elif isinstance(step, LlmosError):
+                    raise step
+                else:
+                    yield step
+        finally:
+            self.running -= 1
+            self.closed += 1
+
+    async def count_tokens(self, request: ValidPrompt) -> TokenCount:
+        for step in self.scripts[0]:
+            if isinstance(step, LlmosError):
+                raise step
+        return TokenCount(7, MODEL.context_tokens)
+
+    async def list_models(self) -> tuple[Model, ...]:
+        if not self.healthy:
+            raise ReplicaLost("down")
+        return self.models
+
+    async def is_healthy(self) -> bool:
+        return self.healthy
+
+
+class FakeAudit:
+    """An `AuditPort` that remembers. `gate` holds up intents; the errors are raised by what they name."""
+
+    def __init__(self) -> None:
+        self.started: list[RequestStarted] = []
+        self.ended: list[RequestEnded] = []
+        self.anonymous: list[tuple[str, str]] = []
+        self.gate: Gate | None = None
+        self.end_gate: Gate | None = None
+        self.start_error: Exception | None = None
+        self.end_error: Exception | None = None
+
+    async def append_started(self, event: RequestStarted) -> None:
+        if self.gate is not None:
+            await self.gate.passing()
+        if self.start_error is not None:
+            raise self.start_error
+        self.started.append(event)
+
+    async def append_ended(self, event: RequestEnded) -> None:
+        if self.end_gate is not None:
+            await self.end_gate.passing()
+        if self.end_error is not None:
+            raise self.end_error
+        self.ended.append(event)
+
+    def count_anonymous(self, source_address: str, reason: str) -> None:
+        self.anonymous.append((source_address, reason))
+
+
+class FakeAuth:
+    """An `AuthPort` with a fixed set of keys."""
+
+    def __init__(self, clock: Clock, *, lifetime_s: float = 300) -> None:
+        self.clock = clock
+        self.lifetime_s = lifetime_s
+        self.keys: dict[str, Identity] = {}
+        self.error: LlmosError | None = None
+        self.exchanges = 0
+        self.gate: Gate | None = None
+
+    async def exchange(self, api_key: str) -> ExchangedKey:
+        self.exchanges += 1
+        if self.gate is not None:
+            await self.gate.passing()
+        if self.error is not None:
+            raise self.error
+        return ExchangedKey(self.keys[api_key], self.clock.now() + timedelta(seconds=self.lifetime_s))
+
+
+def generation(**changes: object) -> ValidGeneration:
+    """A valid request, with fields changed."""
+    fields: dict[str, object] = {
+        "model": MODEL.id,
+        "prompt": Prompt(messages=(Message(Role.USER, ("Hi",)),)),
+        "sampling": Sampling(seed=42),
+    }
+    return ValidGeneration(**{**fields, **changes})  # type: ignore[arg-type]
+
+
+@dataclass
+class Bench:
+    """The use case over fakes, with the audit link around each call."""
+
+    replicas: list[FakeReplica]
+    max_concurrent: int = 8
+    clock: Clock = field(default_factory=SystemClock)
+    audit: FakeAudit = field(default_factory=FakeAudit)
+
+    def __post_init__(self) -> None:
+        self.router = Router(
+            [Replica(f"replica-{i}", port) for i, port in enumerate(self.replicas)],
+            self.clock,
+            probe_interval_s=3600,
+            ask_again_s=0,
+        )
+        self.admission = Admission(self.max_concurrent, self.clock)
+        self.completions = Completions(
+            admission=self.admission,
+            router=self.router,
+            clock=self.clock,
+            instruments=Instruments(self.clock),
+        )
+        self.trail = AuditTrail(self.audit, self.clock)
+        self._next_id = 0
+
+    @asynccontextmanager
+    async def call(
+        self, identity: Identity = ALICE, *, deadline_s: float = float("inf")
+    ) -> AsyncIterator[RequestRecord]:
+        """One authenticated request, as the chain would serve it."""
+        self._next_id += 1
+        context = RequestContext(
+            f"req_{self._next_id}",
+            "/llmos.gateway.v1.GenerationService/StreamGenerate",
+            "127.0.0.1",
+            deadline_s,
+            Caller(identity),
+        )
+        async with self.trail.around(context, Edge.GRPC) as record:
+            yield record
