@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import inspect
 import logging
-from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Mapping
 from contextlib import aclosing, asynccontextmanager
 from typing import Any
 from urllib.parse import unquote
@@ -164,7 +164,7 @@ class _ChainInterceptor(grpc.aio.ServerInterceptor):
         method = details.method
         if handler is None:
             return handler
-        metadata = dict(details.invocation_metadata or ())
+        metadata = _joined(details.invocation_metadata or ())
         arguments = {
             "request_deserializer": handler.request_deserializer,
             "response_serializer": handler.response_serializer,
@@ -291,6 +291,16 @@ async def _abort(servicer_context: Any, error: LlmosError, call: Call) -> None:
         (*_identifying(call), (status.DETAILS_KEY, details.SerializeToString()))
     )
     await servicer_context.abort(status.code_of(error), details.message)
+
+
+def _joined(pairs: Iterable[tuple[str, str | bytes]]) -> dict[str, str | bytes]:
+    """Metadata by key. A repeated key has its values joined, as HTTP does, so that none of two credentials
+    is silently preferred."""
+    found: dict[str, str | bytes] = {}
+    for key, value in pairs:
+        before = found.get(key)
+        found[key] = f"{before}, {value}" if isinstance(before, str) and isinstance(value, str) else value
+    return found
 
 
 def _identifying(call: Call) -> tuple[tuple[str, str], ...]:

@@ -216,6 +216,15 @@ async def test_without_a_right_credential_nothing_runs(
         assert harness.behaviour.seen == []
 
 
+async def test_of_two_credentials_none_is_preferred(tmp_path: Path) -> None:
+    async with Harness(tmp_path) as harness:
+        metadata = [("authorization", "Bearer wrong"), ("authorization", "Bearer right")]
+        call = harness.channel.unary_unary("/test.Service/unary_unary")(b"", metadata=metadata)
+        with pytest.raises(grpc.aio.AioRpcError) as caught:
+            await call
+        assert caught.value.code() == grpc.StatusCode.UNAUTHENTICATED
+
+
 async def test_an_open_method_needs_no_credential(tmp_path: Path) -> None:
     async with Harness(tmp_path) as harness:
         assert (await harness.call("Open", credential=None))[0] == [b"answer"]
