@@ -15,7 +15,7 @@ from llmos_client import calls, transport
 from llmos_client.audit_types import AuditFilter, AuditRecord
 from llmos_client.calls import GenerateOptions, Prompt, StreamOptions, Unary
 from llmos_client.config import ClientConfig, ClientOptions
-from llmos_client.errors import Cancelled, LlmosError, from_status
+from llmos_client.errors import Cancelled, LlmosError, Unavailable, from_status
 from llmos_client.generation_types import Completion, Delta, Event, Model, TokenCount
 from llmos_client.retry import Attempts, RetryThrottle
 from llmos_client.streaming import StreamFacts, StreamState
@@ -41,6 +41,11 @@ class AsyncClient:
     @property
     def target(self) -> str:
         return self._wire.config.target
+
+    @property
+    def default_model(self) -> str | None:
+        """The model of calls that name none."""
+        return self._wire.config.model
 
     async def generate(self, prompt: Prompt, **options: Unpack[GenerateOptions]) -> Completion:
         """A whole answer. Raises a class of `errors`."""
@@ -260,18 +265,24 @@ class AsyncAuditTail:
             metadata=transport.call_metadata(self._wire.config, self._trace_id),
         )
 
+    async def _next(self) -> audit_service_pb2.TailResponse:
+        try:
+            response = await _read(self._call, self._cancelled, self._trace_id)
+        except grpc.aio.AioRpcError as rpc_error:
+            raise self._wire.error(rpc_error, self._trace_id) from rpc_error
+        if response is None:
+            raise Unavailable("The server ended the tail.", trace_id=self._trace_id)
+        return response
+
     async def _run(self) -> AsyncIterator[AuditRecord]:
         try:
             while True:
                 try:
-                    response = await _read(self._call, self._cancelled, self._trace_id)
-                except grpc.aio.AioRpcError as rpc_error:
-                    error = self._wire.error(rpc_error, self._trace_id)
+                    response = await self._next()
+                except LlmosError as error:
                     await _pause(self._breaks.failed(error), self._cancelled, self._trace_id)
                     self._call = self._open()
                     continue
-                if response is None:
-                    return
                 self._breaks.received()
                 record = self._state.accept(response)
                 if record is not None:

@@ -85,7 +85,7 @@ class LlmosError(Exception):
         """What else the server said, such as `scope`."""
 
     def __str__(self) -> str:
-        return f"{self.message} ({self.reason})"
+        return f"{self.message.rstrip('.')} ({self.reason})."
 
 
 class ConfigurationError(LlmosError):
@@ -278,7 +278,8 @@ def _bare(code: grpc.StatusCode, details: str, *, target: str, request_id: str, 
             # gRPC refuses what is over its size limits before any code of ours sees it.
             cls, reason = InvalidRequest, "MESSAGE_TOO_LARGE"
         case grpc.StatusCode.UNAVAILABLE:
-            message = f"The server at {target} cannot be reached: {details}"
+            why = details.rpartition("last error: ")[2].removeprefix("UNKNOWN: ")
+            message = f"The server at {target} cannot be reached: {why}"
             hint = "Check that it runs, that the target is right, and that both sides agree on TLS."
         case grpc.StatusCode.DEADLINE_EXCEEDED:
             message = "The deadline passed before the answer was complete."

@@ -16,7 +16,7 @@ from llmos_client import calls, transport
 from llmos_client.audit_types import AuditFilter, AuditRecord
 from llmos_client.calls import GenerateOptions, Prompt, StreamOptions, Unary
 from llmos_client.config import ClientConfig, ClientOptions
-from llmos_client.errors import Cancelled, LlmosError, from_status
+from llmos_client.errors import Cancelled, LlmosError, Unavailable, from_status
 from llmos_client.generation_types import Completion, Delta, Event, Model, TokenCount
 from llmos_client.retry import Attempts, RetryThrottle
 from llmos_client.streaming import StreamFacts, StreamState
@@ -45,6 +45,11 @@ class Client:
     @property
     def target(self) -> str:
         return self._wire.config.target
+
+    @property
+    def default_model(self) -> str | None:
+        """The model of calls that name none."""
+        return self._wire.config.model
 
     def generate(self, prompt: Prompt, **options: Unpack[GenerateOptions]) -> Completion:
         """A whole answer. Raises a class of `errors`."""
@@ -269,21 +274,27 @@ class AuditTail:
             metadata=transport.call_metadata(self._wire.config, self._trace_id),
         )
 
+    def _next(self) -> audit_service_pb2.TailResponse:
+        try:
+            response = next(self._call, None)
+        except grpc.RpcError as rpc_error:
+            raise self._wire.error(rpc_error, self._trace_id) from rpc_error
+        if response is None:
+            raise Unavailable("The server ended the tail.", trace_id=self._trace_id)
+        return response
+
     def _run(self) -> Iterator[AuditRecord]:
         try:
             while True:
                 try:
-                    response = next(self._call, None)
-                except grpc.RpcError as rpc_error:
-                    error = self._wire.error(rpc_error, self._trace_id)
+                    response = self._next()
+                except LlmosError as error:
                     if self._cancelled.wait(self._breaks.failed(error)):
-                        raise Cancelled("The call was cancelled.", trace_id=self._trace_id) from rpc_error
+                        raise Cancelled("The call was cancelled.", trace_id=self._trace_id) from error
                     self._call = self._open()
                     if self._cancelled.is_set():  # by another thread, which saw the former call
                         self._call.cancel()
                     continue
-                if response is None:
-                    return
                 self._breaks.received()
                 record = self._state.accept(response)
                 if record is not None:
