@@ -58,7 +58,9 @@ async def up(args: argparse.Namespace) -> int:
 
     mesh = Mesh(
         State(args.state),
-        mesh_ports=ports.with_offset(args.port_offset),
+        mesh_ports=(
+            ports.free_ports(list(ports.DEFAULTS)) if args.free_ports else ports.with_offset(args.port_offset)
+        ),
         bootstrap=os.environ.get("LLMOS_KAFKA_BOOTSTRAP_SERVERS"),
         dist=_dist(args),
         models=_models(args),
@@ -168,6 +170,7 @@ def _parser() -> argparse.ArgumentParser:
         "--tls", action="store_true", help="mTLS on every hop, with development certificates"
     )
     running.add_argument("--port-offset", type=int, default=0, help="add this to every port")
+    running.add_argument("--free-ports", action="store_true", help="use ports that are free just now")
     running.add_argument("--quiet", action="store_true", help="logs go to their files only")
     commands.add_parser("down", help="stop the mesh that runs in the state folder")
     commands.add_parser("demo", help="one request from the client to its audit record")

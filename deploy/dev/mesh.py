@@ -20,8 +20,10 @@ STOP_GRACE_S = 45.0
 """Longer than a service's own `drain_grace_s`."""
 DRAIN_ORDER = ("gateway", "inference", "auth", "logging")
 """The edge first: nothing new comes in, and its streams can still finish on what is below it. Then what
-served it. These write audit events while they drain, so logging, which stores them, and Kafka, which carries
-them, end last. What Kafka has not taken by then stays in the spools and is sent at the next start: nothing is lost.
+served it. These write audit events while they drain; so logging, which stores them, and Kafka, which carries
+them, end last.
+
+What Kafka has not taken by then stays in the spools and is sent at the next start: nothing is lost.
 """
 
 

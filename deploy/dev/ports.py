@@ -47,7 +47,7 @@ def require_free(ports: Mapping[str, int]) -> None:
     used = [f"{port} ({name})" for name, port in ports.items() if not is_free(port)]
     if used:
         raise CannotStart(
-            f"In use by another program: port {', '.join(used)}. End that program, or move all ports with"
+            f"In use by another program: port {', '.join(used)}. End that program, or use other ports:"
             " `make up ARGS='--port-offset 1000'`."
         )
 
