@@ -19,6 +19,8 @@ from deploy.dev.mesh import Mesh
 from deploy.dev.state import CannotStart, State
 
 EXIT_OK, EXIT_FAILED, EXIT_USAGE = 0, 1, 2
+MODEL = "smollm2-135m-instruct"
+"""What inference serves unless it is told otherwise."""
 DOWN_TIMEOUT_S = 120
 DEFAULT_STATE = ROOT / ".state"
 
@@ -137,7 +139,7 @@ or, for everything else:
   (cd clients/examples/go && go run . "Why is the sky blue?")
   curl {tls}{url}/v1/chat/completions \\
     -H "authorization: Bearer $(cat {key_file})" -H "content-type: application/json" \\
-    -d '{{"model": "{demo.MODEL}", "messages": [{{"role": "user", "content": "Hello!"}}]}}'
+    -d '{{"model": "{MODEL}", "messages": [{{"role": "user", "content": "Hello!"}}]}}'
 
 Logs are in {_shown(mesh.state.logs)}. Ctrl-C drains and stops.
 """

@@ -17,7 +17,6 @@ from deploy.dev.mesh import Mesh
 from deploy.dev.state import CannotStart, State
 
 QUESTION = "In two sentences: why is the sky blue?"
-MODEL = "smollm2-135m-instruct"
 MAX_TOKENS = 80
 AUDIT_TIMEOUT_S = 30.0
 INTERRUPTED = 130
@@ -64,11 +63,10 @@ async def demo(folder: Path, *, models: Path, dist: Path) -> int:
 
 async def _show(mesh: Mesh) -> None:
     await mesh.start()
-    async with AsyncClient(
-        mesh.plan.target("gateway"), api_key_file=mesh.state.admin_key, model=MODEL
-    ) as client:
+    async with AsyncClient(mesh.plan.target("gateway"), api_key_file=mesh.state.admin_key) as client:
+        model = next(model.id for model in await client.models() if model.ready)
         print(f"\n> {QUESTION}\n", flush=True)
-        async with client.stream(QUESTION, max_tokens=MAX_TOKENS, temperature=0) as stream:
+        async with client.stream(QUESTION, model=model, max_tokens=MAX_TOKENS, temperature=0) as stream:
             async for event in stream:
                 print(event.text, end="", flush=True)
         assert stream.usage is not None

@@ -92,7 +92,7 @@ async def test_up_answers_refuses_a_second_and_drains_in_order(local_mesh: Local
     mesh = await local_mesh.up()
     processes = local_mesh.processes()
     assert set(processes) == {"mesh", "auth", "logging", "inference", "gateway"}
-    assert "smollm2-135m-instruct" in await local_mesh.client("models")
+    assert "echo" in await local_mesh.client("models")
 
     second = local_mesh.command("up", "--quiet", "--free-ports")
     assert await second.wait_ended(30) == 2
@@ -138,7 +138,7 @@ async def test_a_killed_mesh_leaves_no_process_and_can_be_started_again(local_me
 
 async def test_up_with_mtls(local_mesh: LocalMesh) -> None:
     mesh = await local_mesh.up("--tls")
-    assert "smollm2-135m-instruct" in await local_mesh.client("models")
+    assert "echo" in await local_mesh.client("models")
     mesh.signal(signal.SIGTERM)
     assert await mesh.wait_ended(60) == 0
 

@@ -99,8 +99,8 @@ class MeshHarness:
         """Changes the plan for later starts, for instance `bootstrap=proxy.target`."""
         self._plan = replace(self._plan, **changes)
 
-    async def start(self, *names: str, timeout_s: float = READY_TIMEOUT_S) -> None:
-        """Starts processes, all four services where none is named, and waits until each is ready.
+    async def start(self, *names: str, wait: bool = True, timeout_s: float = READY_TIMEOUT_S) -> None:
+        """Starts processes, all four services where none is named; `wait`: until each is ready.
 
         The first start of the torch backend on a machine converts its model, which takes longer than the
         default `timeout_s`.
@@ -110,7 +110,8 @@ class MeshHarness:
         """
         for name in names or ALL:
             self.spawn(name)
-        await asyncio.gather(*(self.wait_ready(name, timeout_s) for name in names or ALL))
+        if wait:
+            await asyncio.gather(*(self.wait_ready(name, timeout_s) for name in names or ALL))
 
     def spawn(self, name: str) -> Process:
         """Starts one process and does not wait."""
