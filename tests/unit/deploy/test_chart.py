@@ -7,6 +7,7 @@ import copy
 import importlib
 import json
 import re
+import tomllib
 from typing import Any
 
 import helm_python
@@ -304,3 +305,9 @@ def test_every_value_is_explained() -> None:
         assert re.search(rf"(?m)^# -- .*(\n# .*)*\n{name}:", text), (
             f"{name} has no comment that begins `# --`"
         )
+
+
+def test_the_chart_has_the_version_of_the_project() -> None:
+    project = tomllib.loads((CHART.parents[2] / "pyproject.toml").read_text())["project"]
+    chart = yaml.safe_load((CHART / "Chart.yaml").read_text())
+    assert (chart["version"], chart["appVersion"]) == (project["version"], project["version"])
