@@ -203,6 +203,7 @@ def to_message(body: openai.ChatRequest) -> generation_service_pb2.StreamGenerat
 def _fill(spec: generation_pb2.GenerationSpec, body: openai.ChatRequest) -> None:
     spec.model = body.model
     chat = spec.prompt.chat
+    chat.SetInParent()  # no messages are an empty conversation, not a prompt that is missing
     for index, given in enumerate(body.messages):
         message = chat.messages.add()
         role = _ROLES.get(given.role)

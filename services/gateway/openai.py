@@ -134,7 +134,7 @@ class ChatRequest(Struct, forbid_unknown_fields=True):
 
 
 _decoder = msgspec.json.Decoder(ChatRequest)
-_AT = re.compile(r" - at `\$\.?(.*)`$", re.DOTALL)
+_AT = re.compile(r" - at (?:`key` in )?`\$\.?(.*)`$", re.DOTALL)
 _UNKNOWN = re.compile(r"^Object contains unknown field `(.*)`", re.DOTALL)
 _MISSING = re.compile(r"^Object missing required field `(.*)`", re.DOTALL)
 _MAX_NAME_CHARS = 128

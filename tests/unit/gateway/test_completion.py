@@ -30,14 +30,11 @@ TIMEOUT_S = 5
 
 
 async def collect(bench: Bench, identity: Identity = ALICE, **request: object) -> list[Event]:
-    events: list[Event] = []
     async with (
         bench.call(identity) as record,
         aclosing(bench.completions.stream(record, generation(**request))) as stream,
     ):
-        async for event in stream:
-            events.append(event)
-    return events
+        return [event async for event in stream]
 
 
 def only_outcome(bench: Bench) -> tuple[Outcome, str]:

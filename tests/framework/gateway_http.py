@@ -1,0 +1,103 @@
+"""The gateway's HTTP edge over fakes, behind the real chain, on a free port."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator, Mapping
+from contextlib import asynccontextmanager
+
+import openai
+
+from services.gateway import authorisation
+from services.gateway.http import HttpEdge
+from services.gateway.http_server import HttpLimits, HttpServer
+from services.gateway.request import RequestParser
+from services.mesh.context import Caller, Identity
+from services.mesh.errors import CredentialInvalid
+from services.mesh.health import Health
+from services.mesh.interceptors import Chain, server_chain
+from services.mesh.running import RunningCalls
+from services.mesh.tls import TlsFiles
+from services.mesh.tokens import bearer
+from tests.framework.gateway_fakes import ALICE, Bench
+
+KEY = "alice-key"
+LIMITS = HttpLimits(
+    max_connections=64,
+    max_head_bytes=16 * 1024,
+    receive_timeout_s=5,
+    idle_timeout_s=5,
+    write_timeout_s=5,
+)
+MAX_BODY_BYTES = 4 * 1024 * 1024
+
+
+async def authenticate(method: str, metadata: Mapping[str, str | bytes], source: str) -> Caller:
+    """Knows the key of `ALICE`, and `nobody-key`, which has no scope."""
+    match bearer(metadata):
+        case "alice-key":
+            return Caller(ALICE)
+        case "nobody-key":
+            return Caller(Identity("acme", "nobody"))
+    raise CredentialInvalid("The API key was refused.")
+
+
+def chain_of(bench: Bench, running: RunningCalls, *, max_call_s: float = 30) -> Chain:
+    """The gateway's chain, with the bench's audit."""
+    chain = server_chain(
+        clock=bench.clock,
+        running=running,
+        authenticator=authenticate,
+        max_call_s=max_call_s,
+        adopt_request_id=False,
+    )
+    return Chain(chain.links | {"audit": bench.trail.link, "authorise": authorisation.link})
+
+
+class HttpBench:
+    """A running edge and its address."""
+
+    def __init__(self, bench: Bench, server: HttpServer, running: RunningCalls, health: Health) -> None:
+        self.bench = bench
+        self.server = server
+        self.running = running
+        self.health = health
+
+    @property
+    def port(self) -> int:
+        return self.server.ports["http"]
+
+    @property
+    def url(self) -> str:
+        return f"http://127.0.0.1:{self.port}"
+
+    def client(self, key: str = KEY) -> openai.AsyncOpenAI:
+        """The real client, without its retries."""
+        return openai.AsyncOpenAI(base_url=f"{self.url}/v1", api_key=key, max_retries=0, timeout=10)
+
+
+@asynccontextmanager
+async def serving(
+    bench: Bench,
+    *,
+    limits: HttpLimits = LIMITS,
+    tls: TlsFiles | None = None,
+    max_call_s: float = 30,
+    max_tokens_limit: int = 4096,
+) -> AsyncIterator[HttpBench]:
+    running = RunningCalls(64)
+    health = Health()
+    edge = HttpEdge(
+        chain=chain_of(bench, running, max_call_s=max_call_s),
+        parser=RequestParser(max_tokens_limit=max_tokens_limit),
+        completions=bench.completions,
+        router=bench.router,
+        health=health,
+        clock=bench.clock,
+        max_body_bytes=MAX_BODY_BYTES,
+    )
+    server = HttpServer(edge.app(), host="127.0.0.1", port=0, limits=limits, tls=tls)
+    await server.start()
+    try:
+        yield HttpBench(bench, server, running, health)
+    finally:
+        await server.drain(0)
