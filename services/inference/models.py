@@ -67,17 +67,26 @@ def open_packaged(models_dir: Path, progress: Progress) -> ModelFolder:
 
     Raises ModelUnusable where the package is not installed, OSError where the folder cannot be written.
     """
+    gguf = packaged_gguf()
+    source = f"{PACKAGE}=={importlib.metadata.version(PACKAGE)}/{gguf.name}/{gguf.stat().st_size}"
     target = models_dir / PACKAGED_MODEL_ID
-    models_dir.mkdir(parents=True, exist_ok=True)
-    with _ticking(progress, f"waiting for another process that prepares {PACKAGED_MODEL_ID}"):
-        lock = (models_dir / f".{PACKAGED_MODEL_ID}.lock").open("a")
-        fcntl.flock(lock, fcntl.LOCK_EX)
-    with lock:
-        source = packaged_gguf()
-        manifest = _verified_manifest(target, source)
-        if manifest is None:
-            manifest = _convert(source, target, progress)
-    return ModelFolder(PACKAGED_MODEL_ID, target, str(manifest["revision"]))
+    return open_cached(target, source, lambda folder: _convert(gguf, folder, progress), progress)
+
+
+def open_cached(
+    target: Path, source: str, make: Callable[[Path], None], progress: Progress = lambda text: None
+) -> ModelFolder:
+    """The folder `target`, filled by `make` unless it is whole and made from `source`.
+
+    Several processes may ask at once: one makes it, the others wait. A folder appears complete or not at all;
+    what a killed process left behind is removed. Raises what `make` raises, and OSError.
+    """
+    target.parent.mkdir(parents=True, exist_ok=True)
+    with (target.parent / f".{target.name}.lock").open("a") as lock:
+        with _ticking(progress, f"waiting for another process that prepares {target.name}"):
+            fcntl.flock(lock, fcntl.LOCK_EX)
+        manifest = _verified_manifest(target, source) or _make(target, source, make)
+    return ModelFolder(target.name, target, str(manifest["revision"]))
 
 
 def packaged_gguf() -> Path:
@@ -92,15 +101,11 @@ def packaged_gguf() -> Path:
     raise ModelUnusable(f"the package {PACKAGE} holds no GGUF file")
 
 
-def _source(gguf: Path) -> str:
-    return f"{PACKAGE}=={importlib.metadata.version(PACKAGE)}/{gguf.name}/{gguf.stat().st_size}"
-
-
-def _verified_manifest(folder: Path, gguf: Path) -> dict[str, Any] | None:
+def _verified_manifest(folder: Path, source: str) -> dict[str, Any] | None:
     """The folder's manifest where it is whole, of this format and from this source."""
     try:
         manifest: dict[str, Any] = json.loads((folder / MANIFEST).read_bytes())
-        if manifest["format"] != FORMAT or manifest["source"] != _source(gguf):
+        if manifest["format"] != FORMAT or manifest["source"] != source:
             return None
         digests: dict[str, str] = manifest["files"]
         if any(_digest(folder / name) != digest for name, digest in digests.items()):
@@ -110,51 +115,48 @@ def _verified_manifest(folder: Path, gguf: Path) -> dict[str, Any] | None:
     return manifest
 
 
-def _convert(gguf: Path, target: Path, progress: Progress) -> dict[str, Any]:
+def _make(target: Path, source: str, make: Callable[[Path], None]) -> dict[str, Any]:
     for left_over in target.parent.glob(f".{target.name}.*.tmp"):
         shutil.rmtree(left_over)
     fresh = target.with_name(f".{target.name}.{os.getpid()}.tmp")
     fresh.mkdir()
-    say = _Stages(progress, f"preparing {target.name}, once")
-    megabytes = gguf.stat().st_size // 1_000_000
     try:
-        with say.stage(0, "loading libraries"):
-            import torch
-            from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
-            from transformers.utils import logging as transformers_logging
-
-            transformers_logging.disable_progress_bar()  # type: ignore[no-untyped-call]
-        with say.stage(10, f"reading the tokenizer from a file of {megabytes} MB"):
-            tokenizer = AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name, local_files_only=True)
-            tokenizer.save_pretrained(fresh)
-        with say.stage(45, "reading and dequantising the weights"):
-            model = AutoModelForCausalLM.from_pretrained(
-                gguf.parent,
-                gguf_file=gguf.name,
-                quantization_config=GgufConfig(dequantize=True),
-                dtype=torch.float32,
-                local_files_only=True,
-            )
-        with say.stage(85, f"writing {model.num_parameters() * 4 // 1_000_000} MB of safetensors"):
-            model.save_pretrained(fresh)
-        with say.stage(95, "computing digests"):
-            manifest = _write_manifest(fresh, gguf)
+        make(fresh)
+        files = {file.name: _digest(file) for file in sorted(fresh.iterdir())}
+        weights = {name: digest for name, digest in files.items() if name.endswith(".safetensors")}
+        manifest = {"format": FORMAT, "source": source, "revision": _revision(weights), "files": files}
+        (fresh / MANIFEST).write_text(json.dumps(manifest, indent=2))
         # What was there did not verify.
         shutil.rmtree(target, ignore_errors=True)
         fresh.rename(target)
     except BaseException:
         shutil.rmtree(fresh, ignore_errors=True)
         raise
-    progress(f"prepared {target.name}: 100 %, revision {manifest['revision']}")
     return manifest
 
 
-def _write_manifest(folder: Path, gguf: Path) -> dict[str, Any]:
-    files = {file.name: _digest(file) for file in sorted(folder.iterdir())}
-    weights = {name: digest for name, digest in files.items() if name.endswith(".safetensors")}
-    manifest = {"format": FORMAT, "source": _source(gguf), "revision": _revision(weights), "files": files}
-    (folder / MANIFEST).write_text(json.dumps(manifest, indent=2))
-    return manifest
+def _convert(gguf: Path, folder: Path, progress: Progress) -> None:
+    say = _Stages(progress, f"preparing {PACKAGED_MODEL_ID}, once")
+    with say.stage(0, "loading libraries"):
+        import torch
+        from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
+        from transformers.utils import logging as transformers_logging
+
+        transformers_logging.disable_progress_bar()  # type: ignore[no-untyped-call]
+    with say.stage(10, f"reading the tokenizer from a file of {gguf.stat().st_size // 1_000_000} MB"):
+        tokenizer = AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name, local_files_only=True)
+        tokenizer.save_pretrained(folder)
+    with say.stage(45, "reading and dequantising the weights"):
+        model = AutoModelForCausalLM.from_pretrained(
+            gguf.parent,
+            gguf_file=gguf.name,
+            quantization_config=GgufConfig(dequantize=True),
+            dtype=torch.float32,
+            local_files_only=True,
+        )
+    with say.stage(85, f"writing {model.num_parameters() * 4 // 1_000_000} MB of safetensors"):
+        model.save_pretrained(folder)
+    progress(f"{PACKAGED_MODEL_ID} is prepared: 100 %")
 
 
 def _revision(weights: dict[str, str]) -> str:

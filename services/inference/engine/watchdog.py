@@ -14,11 +14,10 @@ import logging
 from collections.abc import Callable
 from dataclasses import dataclass
 from types import TracebackType
-from typing import Self
+from typing import Protocol, Self
 
 from services.inference.engine import frames
 from services.inference.engine.health_state import HealthState
-from services.inference.engine.process import EngineProcess
 from services.mesh.clock import Clock
 
 logger = logging.getLogger(__name__)
@@ -38,12 +37,20 @@ class Timeouts:
     """Without an answer: killed."""
 
 
+class Watched(Protocol):
+    """What is watched."""
+
+    def post(self, frame: frames.Frame) -> None: ...
+
+    def kill(self) -> None: ...
+
+
 class Watchdog:
     """Of one life of the child. An async context manager around the reading of its reports."""
 
     def __init__(
         self,
-        process: EngineProcess,
+        process: Watched,
         timeouts: Timeouts,
         clock: Clock,
         health: HealthState,
