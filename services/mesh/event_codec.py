@@ -1,0 +1,249 @@
+"""Events as bytes: our own types (`events`) to the messages of `llmos.events.v1`, and back.
+
+A spool stores an envelope without its place, since only the writer knows that: a *body*. `complete` adds
+the place when it is published. Concatenated protobuf messages are one message with the fields of both, so
+that takes no parsing.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from datetime import datetime
+
+from google.protobuf.message import DecodeError
+from llmos.common.v1 import error_reason_pb2, identity_pb2
+from llmos.events.v1 import events_pb2
+
+from services.mesh.audit_protocol import Place
+from services.mesh.context import Identity
+from services.mesh.errors import DataCorrupt, Status
+from services.mesh.events import (
+    AdminChanged,
+    AnonymousRejected,
+    EngineChanged,
+    OtherEvent,
+    RequestEnded,
+    RequestFacts,
+    RequestStarted,
+    SpoolGap,
+)
+
+AUDIT_TYPE = "llmos.events.v1.AuditRecorded"
+MAX_PLACE = 2**62
+"""Epochs and sequences beyond are taken for garbage; a database's integers end there."""
+_REASONS: Mapping[str, int] = {
+    name.removeprefix("ERROR_REASON_"): number
+    for name, number in error_reason_pb2.ErrorReason.items()
+    if number
+}
+
+
+@dataclass(frozen=True, slots=True)
+class IntentRead:
+    """An intent, with what a store finds it by. `body` is the RequestStarted."""
+
+    request_id: str
+    tenant_id: str
+    client_id: str
+    receive_time_us: int
+    body: bytes
+
+
+@dataclass(frozen=True, slots=True)
+class OutcomeRead:
+    """An outcome, with what a store finds it by. `body` is the RequestEnded."""
+
+    request_id: str
+    tenant_id: str
+    client_id: str
+    receive_time_us: int
+    outcome: int
+    """An `Outcome`, or a number that only a later version knows."""
+    body: bytes
+
+
+@dataclass(frozen=True, slots=True)
+class OtherRead:
+    """Anything else, also what this version does not know. `body` is the AuditRecorded."""
+
+    kind: str
+    """The name of the record's field, such as `gap`; empty where it is not known."""
+    time_us: int
+    body: bytes
+
+
+@dataclass(frozen=True, slots=True)
+class EventRead:
+    """An event with its place."""
+
+    producer: str
+    place: Place
+    floor: int
+    record: IntentRead | OutcomeRead | OtherRead
+
+
+class EventEncoder:
+    """Makes the bodies of one spool's events."""
+
+    def __init__(self, source: str, producer: str) -> None:
+        self._source = source
+        self._producer = producer
+
+    def started(self, event: RequestStarted, now: datetime) -> bytes:
+        envelope = self._envelope(event.facts.receive_time or now)
+        _fill_facts(envelope.audit.started.facts, event.facts)
+        return envelope.SerializeToString()
+
+    def ended(self, event: RequestEnded, now: datetime) -> bytes:
+        envelope = self._envelope(event.end_time or now)
+        ended = envelope.audit.ended
+        _fill_facts(ended.facts, event.facts)
+        ended.outcome = event.outcome  # type: ignore[assignment]
+        ended.error_reason = _REASONS.get(event.error_reason, 0)  # type: ignore[assignment]
+        ended.status_code = event.status_code
+        ended.usage.prompt_tokens = event.usage.prompt_tokens
+        ended.usage.completion_tokens = event.usage.completion_tokens
+        ended.usage.cached_prompt_tokens = event.usage.cached_prompt_tokens
+        ended.finish_reasons.extend(event.finish_reasons)  # type: ignore[arg-type]
+        ended.end_time.FromDatetime(event.end_time or now)
+        if event.time_to_first_token_s is not None:
+            ended.time_to_first_token.FromNanoseconds(int(event.time_to_first_token_s * 1e9))
+        ended.replica = event.replica
+        ended.model_revision = event.model_revision
+        return envelope.SerializeToString()
+
+    def aborted(self, started_body: bytes, now: datetime) -> bytes:
+        """The outcome of a request whose process died; `started_body` is the intent's body."""
+        started = events_pb2.EventEnvelope.FromString(started_body).audit.started
+        envelope = self._envelope(now)
+        _fill_aborted(envelope.audit.ended, started, now)
+        return envelope.SerializeToString()
+
+    def other(self, event: OtherEvent, now: datetime) -> bytes:
+        envelope = self._envelope(now)
+        audit = envelope.audit
+        if isinstance(event, AnonymousRejected):
+            audit.anonymous_rejected.source_address = event.source_address
+            audit.anonymous_rejected.error_reason = _REASONS.get(event.error_reason, 0)  # type: ignore[assignment]
+            audit.anonymous_rejected.count = event.count
+            audit.anonymous_rejected.interval_start_time.FromDatetime(event.interval_start)
+            audit.anonymous_rejected.interval_end_time.FromDatetime(event.interval_end)
+        elif isinstance(event, SpoolGap):
+            audit.gap.dropped = event.dropped
+            audit.gap.refused = event.refused
+            audit.gap.first_time.FromDatetime(event.first)
+            audit.gap.last_time.FromDatetime(event.last)
+        elif isinstance(event, AdminChanged):
+            _fill_identity(audit.admin.identity, event.identity)
+            audit.admin.method = event.method
+            audit.admin.object = event.object
+            audit.admin.request_id = event.request_id
+        else:
+            _fill_engine(audit.engine, event)
+        return envelope.SerializeToString()
+
+    def _envelope(self, time: datetime) -> events_pb2.EventEnvelope:
+        envelope = events_pb2.EventEnvelope(source=self._source, type=AUDIT_TYPE, producer=self._producer)
+        envelope.time.FromDatetime(time)
+        return envelope
+
+
+def complete(body: bytes, producer: str, place: Place, floor: int, outcome_of: str | None) -> bytes:
+    """The envelope as it is published. `outcome_of` is the request's id, for an outcome."""
+    return (
+        body
+        + events_pb2.EventEnvelope(
+            id=f"outcome/{outcome_of}" if outcome_of else f"{producer}/{place.epoch}/{place.sequence}",
+            epoch=place.epoch,
+            sequence=place.sequence,
+            floor_sequence=floor,
+        ).SerializeToString()
+    )
+
+
+def read(value: bytes) -> EventRead:
+    """Raises DataCorrupt, which says what is wrong, for what is no audit event of ours."""
+    try:
+        envelope = events_pb2.EventEnvelope.FromString(value)
+    except DecodeError as error:
+        raise DataCorrupt("not an EventEnvelope") from error
+    place = Place(envelope.epoch, envelope.sequence)
+    if not 0 < len(envelope.producer) <= 128:
+        raise DataCorrupt("no producer")
+    if not (1 <= place.epoch < MAX_PLACE and 1 <= place.sequence < MAX_PLACE):
+        raise DataCorrupt("no place in an epoch")
+    if not 1 <= envelope.floor_sequence <= place.sequence:
+        raise DataCorrupt("a floor beyond its own event")
+    return EventRead(envelope.producer, place, envelope.floor_sequence, _read_record(envelope))
+
+
+def read_place(text: str) -> Place:
+    """The place in a record's header, for records whose value cannot be read. Raises ValueError."""
+    epoch, sequence = text.split("/")
+    place = Place(int(epoch), int(sequence))
+    if not (1 <= place.epoch < MAX_PLACE and 1 <= place.sequence < MAX_PLACE):
+        raise ValueError("no place in an epoch")
+    return place
+
+
+def abort(started: bytes, now: datetime) -> bytes:
+    """The RequestEnded of a request that logging closes; `started` is its RequestStarted."""
+    ended = events_pb2.RequestEnded()
+    _fill_aborted(ended, events_pb2.RequestStarted.FromString(started), now)
+    return ended.SerializeToString()
+
+
+def _read_record(envelope: events_pb2.EventEnvelope) -> IntentRead | OutcomeRead | OtherRead:
+    audit = envelope.audit
+    kind = audit.WhichOneof("record") if envelope.WhichOneof("payload") == "audit" else None
+    if kind == "started":
+        return IntentRead(*_keys(audit.started.facts), body=audit.started.SerializeToString())
+    if kind == "ended":
+        outcome = int(audit.ended.outcome)
+        if outcome <= 0:
+            raise DataCorrupt("an outcome that says nothing")
+        return OutcomeRead(*_keys(audit.ended.facts), outcome=outcome, body=audit.ended.SerializeToString())
+    return OtherRead(kind or "", envelope.time.ToMicroseconds(), audit.SerializeToString())
+
+
+def _keys(facts: events_pb2.RequestFacts) -> tuple[str, str, str, int]:
+    if not 0 < len(facts.request_id) <= 64:
+        raise DataCorrupt("a request without an id")
+    identity = facts.identity
+    return facts.request_id, identity.tenant_id, identity.client_id, facts.receive_time.ToMicroseconds()
+
+
+def _fill_facts(message: events_pb2.RequestFacts, facts: RequestFacts) -> None:
+    message.request_id = facts.request_id
+    if facts.identity is not None:
+        _fill_identity(message.identity, facts.identity)
+    message.method = facts.method
+    message.edge = facts.edge  # type: ignore[assignment]
+    message.model = facts.model
+    message.trace_id = facts.trace_id
+    if facts.receive_time is not None:
+        message.receive_time.FromDatetime(facts.receive_time)
+    if facts.labels:
+        message.labels.update(facts.labels)
+
+
+def _fill_identity(message: identity_pb2.Identity, identity: Identity) -> None:
+    message.tenant_id = identity.tenant_id
+    message.client_id = identity.client_id
+    message.key_id = identity.key_id
+    message.scopes.extend(sorted(identity.scopes))
+
+
+def _fill_aborted(ended: events_pb2.RequestEnded, started: events_pb2.RequestStarted, now: datetime) -> None:
+    ended.facts.CopyFrom(started.facts)
+    ended.outcome = events_pb2.OUTCOME_ABORTED
+    ended.status_code = Status.UNAVAILABLE
+    ended.end_time.FromDatetime(now)
+
+
+def _fill_engine(message: events_pb2.EngineChanged, event: EngineChanged) -> None:
+    message.kind = event.kind  # type: ignore[assignment]
+    message.model = event.model
+    message.model_revision = event.model_revision
+    message.detail = event.detail[:1024]

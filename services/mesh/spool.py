@@ -1,0 +1,393 @@
+"""The audit spool: where events wait, on this machine's disk, until logging has them.
+
+`append_started` and `append_ended` return when the event is committed. The spool is bounded, in bytes and
+in events. An intent that is admitted takes the room of its outcome with it, so an outcome is never turned
+away for want of room. What is turned away depends on the mode: `strict` refuses (AuditUnavailable, so the
+request is not served), `permissive` goes on; both count, and record the count as an event once there is
+room. A disk that fails is like a spool that is full; outcomes of admitted intents are kept in memory and
+tried again, and a disk that hangs holds no caller longer than `append_timeout_s`.
+
+A request has one intent at most and one outcome: more are refused with StateConflict. An outcome without an
+intent is right for a request that was refused before it began.
+
+`spool_file` has the SQL, `spool_writer` the thread, `spool_ledger` the limits, `spool_gap` the count of
+what was turned away; `relay` takes what is here to Kafka.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+import sqlite3
+from collections.abc import Mapping
+from enum import StrEnum
+from pathlib import Path
+
+from opentelemetry import trace
+
+from services.mesh.audit_protocol import Place, ProducerReport
+from services.mesh.clock import Clock
+from services.mesh.errors import AuditUnavailable, Internal, StateConflict
+from services.mesh.event_codec import EventEncoder
+from services.mesh.events import AnonymousRejected, OtherEvent, RequestEnded, RequestStarted
+from services.mesh.spool_file import Append, Gap, Holding, Opened, SpooledEvent, SpoolFile
+from services.mesh.spool_gap import GapCounter
+from services.mesh.spool_ledger import AnonymousCounts, OpenIntent, SpoolLedger
+from services.mesh.spool_writer import AppendDone, SpoolWriter
+
+logger = logging.getLogger(__name__)
+
+OUTCOME_EXTRA_BYTES = 512
+"""An outcome repeats its intent's facts and adds no more than this."""
+MAX_EVENT_BYTES = 64 * 1024
+HOUSEKEEPING_S = 1.0
+STOP_TIMEOUT_S = 5.0
+
+
+class Mode(StrEnum):
+    """What happens when an event cannot be written."""
+
+    STRICT = "strict"
+    PERMISSIVE = "permissive"
+
+
+class Spool:
+    """See the module. A component: `start` opens the file and begins an epoch."""
+
+    def __init__(
+        self,
+        file: SpoolFile,
+        ledger: SpoolLedger,
+        *,
+        source: str,
+        mode: Mode,
+        clock: Clock,
+        append_timeout_s: float,
+        anonymous_interval_s: float,
+        max_anonymous: int,
+    ) -> None:
+        self._file = file
+        self._writer = SpoolWriter(file, self._recovered)
+        self.ledger = ledger
+        self._source = source
+        self._mode = mode
+        self._clock = clock
+        self._append_timeout_s = append_timeout_s
+        self._anonymous = AnonymousCounts(max_anonymous)
+        self._anonymous_interval_s = anonymous_interval_s
+        self._interval_start = clock.now()
+        self._encoder = EventEncoder(source, "")
+        self._retained: list[Append] = []
+        self._gap = GapCounter(
+            refuses=mode is Mode.STRICT,
+            clock=clock,
+            remember=lambda gap: self._writer.call(lambda: file.remember_gap(gap)),
+            append=lambda event: self._append_other(event, gap=Gap()),
+        )
+        self._housekeeping: asyncio.Task[None] | None = None
+        self._running = False
+        self.appended = asyncio.Event()
+        """Set when something was committed; the relay clears it."""
+        self.producer = ""
+        self.oldest_age_s = 0.0
+
+    @classmethod
+    def open(
+        cls,
+        path: Path,
+        *,
+        source: str,
+        instance: str,
+        mode: Mode | str,
+        max_bytes: int,
+        clock: Clock,
+        max_events: int = 200_000,
+        append_timeout_s: float | None = None,
+        anonymous_interval_s: float = 60.0,
+        max_anonymous: int = 256,
+    ) -> Spool:
+        """A spool on `path`; the file is touched by `start` only.
+
+        `source` is the service, `instance` the replica that the producer's name begins with. `max_bytes`
+        bounds what is held, about as the file's size. `append_timeout_s` bounds how long a caller waits for
+        a hanging disk: by default 5 s in `strict` mode and 0.25 s otherwise.
+        """
+        mode = Mode(mode)
+        if append_timeout_s is None:
+            append_timeout_s = 5.0 if mode is Mode.STRICT else 0.25
+        return cls(
+            SpoolFile(path, source=source, instance=instance, durable=mode is Mode.STRICT),
+            SpoolLedger(max_bytes=max_bytes, max_events=max_events),
+            source=source,
+            mode=mode,
+            clock=clock,
+            append_timeout_s=append_timeout_s,
+            anonymous_interval_s=anonymous_interval_s,
+            max_anonymous=max_anonymous,
+        )
+
+    async def start(self) -> None:
+        """Raises OSError with a sentence where the file cannot be used."""
+        self._writer.start()
+        now = self._clock.now()
+        opened: Opened = await self._writer.call(lambda: self._file.open(now))
+        self.producer = opened.producer
+        self._encoder = EventEncoder(self._source, opened.producer)
+        self.ledger.found(opened.epoch, opened.holding)
+        self._gap.load(opened.gap)
+        self._interval_start = now
+        self._running = True
+        self.appended.set()
+        self._housekeeping = asyncio.create_task(self._keep_house())
+        if opened.closed:
+            logger.warning("closed %d requests of a former process as aborted", opened.closed)
+        logger.info(
+            "audit spool %s, epoch %d, holds %d events", self.producer, opened.epoch, opened.holding.events
+        )
+
+    async def stop(self) -> None:
+        """Writes the counts that are left and closes the file, in bounded time."""
+        if self._housekeeping is not None:
+            self._housekeeping.cancel()
+            with contextlib.suppress(asyncio.CancelledError):
+                await self._housekeeping
+            self._tidy(anonymous=True)
+            await self._gap.stop()
+        self._running = False
+        if not await self._writer.stop(STOP_TIMEOUT_S):
+            logger.error("the audit spool's disk hangs; what was not committed is lost")
+
+    async def append_started(self, event: RequestStarted) -> None:
+        """Writes an intent.
+
+        Raises AuditUnavailable in strict mode where it cannot be written, StateConflict where the request
+        has one already.
+        """
+        request_id = event.facts.request_id
+        ledger = self.ledger
+        if request_id in ledger.open:
+            raise StateConflict(f"the request {request_id} has begun before")
+        now = self._clock.now()
+        body = self._encoder.started(event, now)
+        if len(body) > MAX_EVENT_BYTES:
+            raise Internal(f"an intent of {len(body)} bytes")
+        promised = len(body) + OUTCOME_EXTRA_BYTES
+        if not self._running or not ledger.admit(len(body), promised):
+            self._gap.count()
+            self._refuse()
+            return
+        opened = ledger.open[request_id] = OpenIntent(promised)
+        future: asyncio.Future[bool] = asyncio.get_running_loop().create_future()
+
+        def done(place: Place | None, error: Exception | None) -> None:
+            if place is not None:
+                opened.place = place
+                self._committed(len(body), place)
+            else:
+                self._gap.count()
+                ledger.withdraw(len(body))
+                if opened.promised:
+                    ledger.withdraw(opened.promised)
+                if ledger.open.get(request_id) is opened:
+                    del ledger.open[request_id]
+            if not future.done():
+                future.set_result(place is not None)
+
+        self._writer.append(Append(body, now.timestamp(), _traceparent(), intent_of=request_id), done)
+        if not await self._within_timeout(future, otherwise=self._mode is Mode.PERMISSIVE):
+            self._refuse()
+
+    async def append_ended(self, event: RequestEnded) -> None:
+        """Writes an outcome.
+
+        Of a request with an intent it is never turned away: where the disk fails it is kept and tried
+        again. Otherwise as `append_started`. Raises StateConflict for a second outcome.
+        """
+        request_id = event.facts.request_id
+        ledger = self.ledger
+        opened = ledger.open.get(request_id)
+        if opened is not None and opened.ending:
+            raise StateConflict(f"the request {request_id} has an outcome")
+        now = self._clock.now()
+        body = self._encoder.ended(event, now)
+        if opened is not None:
+            opened.ending = True
+            ledger.resize(opened.promised, len(body))
+            opened.promised = 0
+        elif not self._running or not ledger.admit(len(body)):
+            self._gap.count()
+            self._refuse()
+            return
+        append = Append(body, now.timestamp(), _traceparent(), outcome_of=request_id)
+        future: asyncio.Future[bool] = asyncio.get_running_loop().create_future()
+        future.add_done_callback(_retrieve)
+
+        def done(place: Place | None, error: Exception | None) -> None:
+            retained = error is not None and opened is not None and ledger.open.get(request_id) is opened
+            if retained:
+                self._retained.append(append)
+            else:
+                self._outcome_written(append, place)
+                if error is not None:
+                    self._gap.count()
+            if future.done():
+                return
+            if place is None and error is None:
+                future.set_exception(StateConflict(f"the request {request_id} has an outcome"))
+            else:
+                future.set_result(place is not None or retained)
+
+        self._writer.append(append, done)
+        sure = opened is not None or self._mode is Mode.PERMISSIVE
+        if not await self._within_timeout(future, otherwise=sure):
+            self._refuse()
+
+    async def append_other(self, event: OtherEvent) -> None:
+        """Writes an event that belongs to no request. Raises AuditUnavailable in strict mode."""
+        future = self._append_other(event)
+        if future is None:
+            self._gap.count()
+        if future is None or not await self._within_timeout(future, otherwise=self._mode is Mode.PERMISSIVE):
+            self._refuse()
+
+    def count_anonymous(self, source_address: str, reason: str) -> None:
+        """Counts a refusal of someone unknown. Written once in an interval, for each source and reason."""
+        self._anonymous.add(source_address, reason)
+
+    async def read_after(self, mark: Place, max_events: int, max_bytes: int) -> list[SpooledEvent]:
+        """The next events in order. Raises OSError or sqlite3.Error where the disk fails."""
+        events: list[SpooledEvent] = await self._writer.call(
+            lambda: self._file.read_after(mark, max_events, max_bytes)
+        )
+        return events
+
+    async def trim(self, limits: Mapping[int, int]) -> int:
+        """Forgets each epoch's events up to a sequence; returns how many. Raises as `read_after`."""
+        if not limits:
+            return 0
+        events, _ = await self._writer.call(
+            lambda: self._file.trim(limits), then=lambda trimmed: self.ledger.trimmed(limits, *trimmed)
+        )
+        self._gap.record()
+        return int(events)
+
+    async def begin_epoch(self, epoch: int) -> None:
+        """Goes on under another epoch, since logging fenced this one. Running requests stay open."""
+        await self._writer.call(
+            lambda: self._file.begin_epoch(epoch), then=lambda _: self.ledger.begun(epoch)
+        )
+
+    def report(self) -> ProducerReport:
+        """What logging is told of this spool."""
+        return self.ledger.report(self.producer)
+
+    @property
+    def turned_away(self) -> int:
+        """Events dropped or refused in this life."""
+        return self._gap.total
+
+    def _committed(self, size: int, place: Place) -> None:
+        self.ledger.committed(size, place)
+        self.appended.set()
+
+    def _outcome_written(self, append: Append, place: Place | None) -> None:
+        """`place` is None where it was the second one, or is given up."""
+        if place is not None:
+            self._committed(len(append.body), place)
+        else:
+            self.ledger.withdraw(len(append.body))
+        self.ledger.open.pop(append.outcome_of, None)
+
+    def _recovered(self, holding: Holding) -> None:
+        logger.warning("the audit spool's disk works again")
+        self.ledger.found(self.ledger.epoch, holding)
+
+    async def _within_timeout(self, future: asyncio.Future[bool], *, otherwise: bool) -> bool:
+        """Whether the event was written; `otherwise` where a hanging disk does not tell in time."""
+        try:
+            async with asyncio.timeout(self._append_timeout_s):
+                return await future
+        except TimeoutError:
+            return otherwise
+
+    def _refuse(self) -> None:
+        if self._mode is Mode.STRICT:
+            raise AuditUnavailable("The audit log cannot take the request.")
+
+    def _append_other(self, event: OtherEvent, gap: Gap | None = None) -> asyncio.Future[bool] | None:
+        """None where there is no room. `gap` is what is left to be recorded with this event."""
+        now = self._clock.now()
+        body = self._encoder.other(event, now)
+        if not self._running or not self.ledger.admit(len(body)):
+            return None
+        future: asyncio.Future[bool] = asyncio.get_running_loop().create_future()
+
+        def done(place: Place | None, error: Exception | None) -> None:
+            if place is not None:
+                self._committed(len(body), place)
+            else:
+                self.ledger.withdraw(len(body))
+                if gap is None:
+                    self._gap.count()
+            if not future.done():
+                future.set_result(place is not None)
+
+        self._writer.append(Append(body, now.timestamp(), _traceparent(), gap=gap), done)
+        return future
+
+    async def _keep_house(self) -> None:
+        while True:
+            await self._clock.sleep(HOUSEKEEPING_S)
+            elapsed_s = (self._clock.now() - self._interval_start).total_seconds()
+            self._tidy(anonymous=elapsed_s >= self._anonymous_interval_s)
+            self._gap.remember()
+            self.oldest_age_s = await self._oldest_age_s()
+
+    async def _oldest_age_s(self) -> float:
+        if self.ledger.oldest_held is None:
+            return 0.0
+        try:
+            oldest_s = await self._writer.call(self._file.oldest_time_s)
+        except (OSError, sqlite3.Error):
+            return self.oldest_age_s + HOUSEKEEPING_S
+        return 0.0 if oldest_s is None else max(0.0, self._clock.now().timestamp() - float(oldest_s))
+
+    def _tidy(self, *, anonymous: bool) -> None:
+        retained, self._retained = self._retained, []
+        for append in retained:
+            self._writer.append(append, self._retried(append))
+        self._gap.record()
+        if anonymous:
+            self._flush_anonymous()
+
+    def _retried(self, append: Append) -> AppendDone:
+        def done(place: Place | None, error: Exception | None) -> None:
+            if error is not None:
+                self._retained.append(append)
+            else:
+                self._outcome_written(append, place)
+
+        return done
+
+    def _flush_anonymous(self) -> None:
+        now = self._clock.now()
+        for source_address, reason, count in self._anonymous.take():
+            event = AnonymousRejected(source_address, reason, count, self._interval_start, now)
+            if self._append_other(event) is None:
+                self._anonymous.add(source_address, reason, count)  # with the next interval's
+        if not self._anonymous:
+            self._interval_start = now
+
+
+def _traceparent() -> str:
+    context = trace.get_current_span().get_span_context()
+    if not context.is_valid:
+        return ""
+    return f"00-{context.trace_id:032x}-{context.span_id:016x}-{context.trace_flags:02x}"
+
+
+def _retrieve(future: asyncio.Future[bool]) -> None:
+    """So that an outcome nobody waits for any more does not complain."""
+    if not future.cancelled():
+        future.exception()

@@ -1,0 +1,147 @@
+"""What a spool knows of itself without asking its file: room, what is held, what is open."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from services.mesh.audit_protocol import MAX_HELD_EPOCHS, HeldEpoch, Place, ProducerReport
+from services.mesh.spool_file import Holding
+
+EVENT_OVERHEAD_BYTES = 160
+"""What a row costs beside its body: keys, indexes, its share of pages."""
+
+
+@dataclass(slots=True)
+class OpenIntent:
+    """An intent without an outcome."""
+
+    promised: int
+    """The room kept for its outcome; 0 once that is on its way."""
+    place: Place | None = None
+    """None until the intent is committed."""
+    ending: bool = False
+
+
+class SpoolLedger:
+    """Room is taken when an event is admitted, and given back when it is trimmed or was not written.
+
+    A share of the room for each tenant would be decided in `admit`.
+    """
+
+    def __init__(self, *, max_bytes: int, max_events: int) -> None:
+        self.max_bytes = max_bytes
+        self.max_events = max_events
+        self.held_bytes = self.held_events = 0
+        self.promised_bytes = self.promised_events = 0
+        self.epoch = 0
+        self.last_sequence = 0
+        self.open: dict[str, OpenIntent] = {}
+        """In the order in which they were written."""
+        self._spans: dict[int, tuple[int, int]] = {}
+        """By epoch: the first and the last sequence held."""
+
+    def admit(self, *sizes: int) -> bool:
+        """Promises room for events of these sizes, or for none of them."""
+        size = sum(sizes) + EVENT_OVERHEAD_BYTES * len(sizes)
+        if self.bytes + size > self.max_bytes or self.events + len(sizes) > self.max_events:
+            return False
+        self.promised_bytes += size
+        self.promised_events += len(sizes)
+        return True
+
+    def resize(self, promised: int, size: int) -> None:
+        """Room that was promised is to be used by an event of another size."""
+        self.promised_bytes += size - promised
+
+    def withdraw(self, size: int) -> None:
+        """An event that was admitted will not be written."""
+        self.promised_bytes -= size + EVENT_OVERHEAD_BYTES
+        self.promised_events -= 1
+
+    def committed(self, size: int, place: Place) -> None:
+        """An event that was admitted is in the file."""
+        self.withdraw(size)
+        self.held_bytes += size + EVENT_OVERHEAD_BYTES
+        self.held_events += 1
+        floor, _ = self._spans.get(place.epoch, (place.sequence, 0))
+        self._spans[place.epoch] = (floor, place.sequence)
+        if place.epoch == self.epoch:
+            self.last_sequence = place.sequence
+
+    def trimmed(self, limits: Mapping[int, int], events: int, size: int) -> None:
+        """Each epoch's events up to a sequence are out of the file."""
+        for epoch, limit in limits.items():
+            floor, last = self._spans.get(epoch, (1, 0))
+            if limit >= last:
+                self._spans.pop(epoch, None)
+            else:
+                self._spans[epoch] = (max(floor, limit + 1), last)
+        self.held_bytes -= size + EVENT_OVERHEAD_BYTES * events
+        self.held_events -= events
+
+    def found(self, epoch: int, holding: Holding) -> None:
+        """The file was opened, at the start or after an error of the disk: what it has is what counts."""
+        self._spans = {held.epoch: (held.floor, held.last) for held in holding.epochs}
+        self.held_events = holding.events
+        self.held_bytes = holding.bytes + EVENT_OVERHEAD_BYTES * holding.events
+        self.begun(epoch)
+        self.last_sequence = max(self.last_sequence, self._spans.get(epoch, (1, 0))[1])
+
+    def begun(self, epoch: int) -> None:
+        """The file is in this epoch."""
+        if epoch > self.epoch:
+            self.epoch, self.last_sequence = epoch, 0
+
+    def report(self, producer: str) -> ProducerReport:
+        """What logging is told."""
+        held = tuple(HeldEpoch(epoch, *span) for epoch, span in sorted(self._spans.items())[:MAX_HELD_EPOCHS])
+        settled = Place(self.epoch, self.last_sequence + 1)
+        # The first is the oldest. While it is not committed, nothing that is committed is open.
+        first = next(iter(self.open.values()), None)
+        if first is not None and first.place is not None:
+            settled = first.place
+        return ProducerReport(producer, self.epoch, held, settled if len(held) == len(self._spans) else None)
+
+    def floor(self, epoch: int) -> int:
+        return self._spans.get(epoch, (1, 0))[0]
+
+    @property
+    def oldest_held(self) -> Place | None:
+        if not self._spans:
+            return None
+        epoch = min(self._spans)
+        return Place(epoch, self._spans[epoch][0])
+
+    @property
+    def bytes(self) -> int:
+        return self.held_bytes + self.promised_bytes
+
+    @property
+    def events(self) -> int:
+        return self.held_events + self.promised_events
+
+
+class AnonymousCounts:
+    """Counts of anonymous refusals, by source and reason; beyond `max_keys` by reason alone."""
+
+    OTHER = "other"
+
+    def __init__(self, max_keys: int) -> None:
+        self._max_keys = max_keys
+        self._counts: dict[tuple[str, str], int] = {}
+
+    def add(self, source_address: str, reason: str, count: int = 1) -> None:
+        key = (source_address[:64], reason)
+        if key not in self._counts and len(self._counts) >= self._max_keys:
+            key = (self.OTHER, reason)
+        self._counts[key] = self._counts.get(key, 0) + count
+
+    def take(self) -> list[tuple[str, str, int]]:
+        """All counts (source, reason, count), which begin anew."""
+        taken = [(source, reason, count) for (source, reason), count in self._counts.items()]
+        self._counts.clear()
+        return taken
+
+    def __bool__(self) -> bool:
+        return bool(self._counts)

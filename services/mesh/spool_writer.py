@@ -1,0 +1,146 @@
+"""The spool's thread: everything that touches its file, in order, appends in groups.
+
+Many callers that wait at the same time share one transaction: the thread takes all that has come in while
+it was busy. Results return to the event loop in one step for each group.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import queue
+import sqlite3
+import threading
+from collections.abc import Callable
+from typing import Any
+
+from services.mesh.audit_protocol import Place
+from services.mesh.spool_file import Append, Holding, SpoolFile
+
+logger = logging.getLogger(__name__)
+
+MAX_GROUP = 512
+
+AppendDone = Callable[[Place | None, Exception | None], None]
+"""Called on the event loop: (place, None), (None, None) for a second outcome, or (None, error)."""
+
+
+class SpoolWriter:
+    """Owns the thread. `start` and everything else is called on the event loop."""
+
+    def __init__(self, file: SpoolFile, recovered: Callable[[Holding], None]) -> None:
+        """`recovered` hears what the file has, when it was opened again after an error of the disk."""
+        self._file = file
+        self._recovered = recovered
+        self._queue: queue.SimpleQueue[tuple[Any, Any]] = queue.SimpleQueue()
+        self._loop: asyncio.AbstractEventLoop | None = None
+        self._thread: threading.Thread | None = None
+        self._ended = asyncio.Event()
+
+    def start(self) -> None:
+        self._loop = asyncio.get_running_loop()
+        self._thread = threading.Thread(target=self._run, name="spool", daemon=True)
+        self._thread.start()
+
+    def append(self, event: Append, done: AppendDone) -> None:
+        """Writes an event with the next group."""
+        self._queue.put((event, done))
+
+    async def call(self, function: Callable[[], Any], then: Callable[[Any], None] | None = None) -> Any:
+        """Runs `function` in the thread, after all appends so far. Raises what it raises.
+
+        `then` gets the result on the event loop, in order with the results of appends.
+        """
+        future: asyncio.Future[Any] = asyncio.get_running_loop().create_future()
+        self._queue.put((function, (future, then)))
+        return await future
+
+    async def stop(self, timeout_s: float) -> bool:
+        """Closes the file after all that was asked so far; False where the disk hangs for so long."""
+        if self._thread is None:
+            return True
+        self._queue.put((None, None))
+        try:
+            await asyncio.wait_for(self._ended.wait(), timeout_s)
+        except TimeoutError:
+            return False
+        return True
+
+    def _run(self) -> None:
+        going = True
+        while going:
+            jobs = [self._queue.get()]
+            while len(jobs) < MAX_GROUP:
+                try:
+                    jobs.append(self._queue.get_nowait())
+                except queue.Empty:
+                    break
+            results: list[Callable[[], None]] = []
+            group: list[tuple[Append, AppendDone]] = []
+            for what, whom in jobs:
+                if isinstance(what, Append):
+                    group.append((what, whom))
+                    continue
+                self._write(group, results)
+                group = []
+                if what is None:
+                    going = False
+                    break
+                result = self._called(what, *whom)
+                self._tell_recovered(results)
+                results.append(result)
+            self._write(group, results)
+            if not going:
+                self._file.close()
+                results.append(self._ended.set)
+            self._deliver(results)
+
+    def _write(self, group: list[tuple[Append, AppendDone]], results: list[Callable[[], None]]) -> None:
+        if not group:
+            return
+        try:
+            places = self._file.append([event for event, _ in group])
+        except (sqlite3.Error, OSError) as error:
+            logger.error("the audit spool cannot write: %s", error)  # noqa: TRY400
+            self._file.close()
+            failure = error
+            self._tell_recovered(results)
+            results.extend(lambda done=done: done(None, failure) for _, done in group)
+            return
+        self._tell_recovered(results)
+        results.extend(
+            lambda done=done, place=place: done(place, None)
+            for (_, done), place in zip(group, places, strict=True)
+        )
+
+    def _tell_recovered(self, results: list[Callable[[], None]]) -> None:
+        holding = self._file.take_recovered()
+        if holding is not None:
+            results.append(lambda: self._recovered(holding))
+
+    def _called(
+        self, function: Callable[[], Any], future: asyncio.Future[Any], then: Callable[[Any], None] | None
+    ) -> Callable[[], None]:
+        try:
+            result = function()
+        except Exception as error:
+            if isinstance(error, sqlite3.Error):
+                self._file.close()
+            failure = error
+            return lambda: None if future.done() else future.set_exception(failure)
+
+        def done() -> None:
+            if then is not None:
+                then(result)
+            if not future.done():
+                future.set_result(result)
+
+        return done
+
+    def _deliver(self, results: list[Callable[[], None]]) -> None:
+        def run() -> None:
+            for result in results:
+                result()
+
+        if self._loop is not None and not self._loop.is_closed():
+            self._loop.call_soon_threadsafe(run)
