@@ -14,6 +14,7 @@ An argument wins over the environment:
 from __future__ import annotations
 
 import os
+import ssl
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -158,7 +159,19 @@ def _tls(options: ClientOptions, env: Mapping[str, str]) -> TlsMaterial | None:
         raise ConfigurationError("A TLS certificate and its key belong together: give both files or none.")
     if not (ca or cert or options.get("tls")):
         return None
-    return TlsMaterial(*(_read(file, MAX_PEM_FILE_BYTES) if file else None for file in (ca, cert, key)))
+    material = TlsMaterial(*(_read(file, MAX_PEM_FILE_BYTES) if file else None for file in (ca, cert, key)))
+    # gRPC would take anything, and fail at the first call without saying why.
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
+    try:
+        if ca:
+            context.load_verify_locations(ca)
+        if cert and key:
+            context.load_cert_chain(cert, key, password=lambda: "")  # never asks at the terminal
+    except ssl.SSLError as error:
+        raise ConfigurationError(
+            "The TLS files hold no certificate, or a certificate and a key that do not belong together."
+        ) from error
+    return material
 
 
 def _read(file: StrPath, max_bytes: int) -> bytes:

@@ -9,7 +9,6 @@ from typing import Any
 import grpc
 
 from llmos_client.config import ClientConfig
-from llmos_client.errors import ConfigurationError
 from llmos_client.version import __version__
 
 # The server allows a ping every 5 s and sends its own every 20 s; faster clients are disconnected.
@@ -36,17 +35,14 @@ def channel_options() -> list[tuple[str, Any]]:
 
 
 def channel_credentials(config: ClientConfig) -> grpc.ChannelCredentials | None:
-    """None for plaintext. Raises ConfigurationError where the PEM files hold nothing usable."""
+    """None for plaintext."""
     if config.tls is None:
         return None
-    try:
-        return grpc.ssl_channel_credentials(
-            root_certificates=config.tls.ca,
-            private_key=config.tls.key,
-            certificate_chain=config.tls.cert,
-        )
-    except (TypeError, ValueError) as error:
-        raise ConfigurationError("The TLS files hold no usable certificate and key.") from error
+    return grpc.ssl_channel_credentials(
+        root_certificates=config.tls.ca,
+        private_key=config.tls.key,
+        certificate_chain=config.tls.cert,
+    )
 
 
 def call_metadata(config: ClientConfig, trace_id: str) -> CallMetadata:
