@@ -63,12 +63,10 @@ def status(error: LlmosError) -> int:
 
 def body(error: LlmosError) -> bytes:
     """`{"error": {message, type, param, code}}`, the form of every error, in streams too."""
-    code = status(error)
     text = "An internal error occurred." if type(error) is errors.Internal else error.message
-    kind = _TYPES.get(code, "invalid_request_error" if code < 500 else "server_error")
     return _encode(
         f"{text} {error.hint}".strip(),
-        kind,
+        _type(status(error)),
         _param(_field(error)),
         _CODES.get(error.reason, error.reason.lower()),
     )
@@ -76,7 +74,7 @@ def body(error: LlmosError) -> bytes:
 
 def plain_body(code: int, text: str) -> bytes:
     """The same form for what HTTP itself refuses, before there is a request of ours."""
-    return _encode(text, _TYPES.get(code, "invalid_request_error"), None, None)
+    return _encode(text, _type(code), None, None)
 
 
 def headers(error: LlmosError) -> list[tuple[bytes, bytes]]:
@@ -92,6 +90,10 @@ def headers(error: LlmosError) -> list[tuple[bytes, bytes]]:
 
 def _encode(message: str, kind: str, param: str | None, code: str | None) -> bytes:
     return msgspec.json.encode({"error": {"message": message, "type": kind, "param": param, "code": code}})
+
+
+def _type(code: int) -> str:
+    return _TYPES.get(code, "invalid_request_error" if code < 500 else "server_error")
 
 
 def _field(error: LlmosError) -> str:

@@ -54,6 +54,7 @@ class GatewaySettings(ServiceSettings):
     refuses."""
     spool_max_bytes: int = Field(default=512 * MIB, ge=MIB)
     """What the audit spool may hold on disk."""
+    spool_max_events: int = Field(default=200_000, ge=1000)
 
     http_host: str = ""
     """Where HTTP listens; empty: as `listen_host`."""

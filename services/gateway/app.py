@@ -1,0 +1,259 @@
+"""The composition root of the gateway: reads from top to bottom."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Awaitable, Callable
+from typing import Any
+
+from google.protobuf.descriptor import ServiceDescriptor
+from llmos.gateway.v1 import (
+    embedding_service_pb2,
+    embedding_service_pb2_grpc,
+    generation_service_pb2_grpc,
+    job_service_pb2,
+    job_service_pb2_grpc,
+    model_service_pb2_grpc,
+    policy_service_pb2,
+    policy_service_pb2_grpc,
+    task_service_pb2,
+    task_service_pb2_grpc,
+)
+from llmos.logging.v1 import audit_service_pb2_grpc
+
+from services.gateway import authorisation
+from services.gateway.admission import Admission
+from services.gateway.auditing import AuditTrail
+from services.gateway.authentication import GatewayAuthenticator
+from services.gateway.clients import GrpcAuditLog, GrpcAuth, GrpcInference
+from services.gateway.completion import Completions
+from services.gateway.http import HttpEdge
+from services.gateway.http_server import HttpLimits, HttpServer
+from services.gateway.keys import KeyRing
+from services.gateway.request import RequestParser
+from services.gateway.routing import Replica, Router
+from services.gateway.servicer import AuditServicer, GenerationServicer, ModelServicer, pending
+from services.gateway.settings import GatewaySettings
+from services.gateway.telemetry import Instruments
+from services.mesh.app import App, StartError
+from services.mesh.auth_client import GrpcJwks, GrpcServiceTokens
+from services.mesh.channel import Channel
+from services.mesh.clock import Clock
+from services.mesh.health import Health
+from services.mesh.interceptors import Chain, server_chain
+from services.mesh.jwks import JwksCache
+from services.mesh.running import RunningCalls
+from services.mesh.server import GrpcServer
+from services.mesh.spool import Spool
+from services.mesh.tls import TlsFiles
+from services.mesh.tokens import Audience, ServiceTokens, Verifier
+
+
+class _Closing:
+    """What only has to be closed, as a component."""
+
+    def __init__(self, *closers: Callable[[], Awaitable[Any]]) -> None:
+        self._closers = closers
+
+    async def start(self) -> None:
+        """Nothing to do."""
+
+    async def stop(self) -> None:
+        await asyncio.gather(*(close() for close in self._closers))
+
+
+class _FirstKeys:
+    """Fetches auth's public keys behind the start, which does not wait for auth."""
+
+    def __init__(self, jwks: JwksCache) -> None:
+        self._jwks = jwks
+        self._task: asyncio.Task[None] | None = None
+
+    async def start(self) -> None:
+        self._task = asyncio.create_task(self._jwks.refresh(), name="first-jwks")
+
+    async def stop(self) -> None:
+        await self._jwks.close()
+        if self._task is not None:
+            self._task.cancel()
+            await asyncio.gather(self._task, return_exceptions=True)
+
+
+async def build(settings: GatewaySettings, clock: Clock) -> App:
+    """Puts the gateway together; nothing runs yet. Raises StartError where its secret is missing."""
+    tls = TlsFiles.of(settings)
+    health = Health()
+    running = RunningCalls(settings.max_concurrent_calls)
+
+    # To the other services: this service's own tokens, and what is reached with them.
+    anonymous = Channel(settings.auth_target, clock=clock, tls=tls)
+    secret = _secret(settings)
+    tokens = ServiceTokens(
+        GrpcServiceTokens(anonymous, client_id="service:gateway", client_secret=secret), clock
+    )
+
+    def channel(target: str, audience: Audience) -> Channel:
+        max_bytes = settings.max_message_bytes
+        return Channel(
+            target, clock=clock, tls=tls, tokens=tokens, audience=audience, max_message_bytes=max_bytes
+        )
+
+    auth = channel(settings.auth_target, Audience.AUTH)
+    log = channel(settings.logging_target, Audience.LOGGING)
+    inference = [channel(target, Audience.INFERENCE) for target in settings.inference_targets]
+
+    # The record of what is done here.
+    spool = Spool.open(
+        settings.state_dir / "spool.db",
+        source=settings.service,
+        instance=settings.name,
+        mode=settings.audit_mode,
+        max_bytes=settings.spool_max_bytes,
+        max_events=settings.spool_max_events,
+        clock=clock,
+    )
+    trail = AuditTrail(spool, clock)
+
+    # Who comes in.
+    jwks = JwksCache(GrpcJwks(anonymous), clock)
+    verifier = Verifier(
+        jwks,
+        issuer=settings.issuer,
+        audience=Audience.GATEWAY,
+        clock=clock,
+        cache_max_entries=settings.token_cache_max_entries,
+    )
+    keys = KeyRing(
+        GrpcAuth(auth),
+        clock,
+        max_entries=settings.key_cache_max_entries,
+        refusal_ttl_s=settings.key_refusal_ttl_s,
+    )
+    links = server_chain(
+        clock=clock,
+        running=running,
+        authenticator=GatewayAuthenticator(verifier, keys, spool),
+        max_call_s=settings.max_call_s,
+        adopt_request_id=False,
+    ).links
+    chain = Chain({**links, "audit": trail.link, "authorise": authorisation.link})
+
+    # What is done for them.
+    router = Router(
+        [
+            Replica(target, GrpcInference(to, probe_timeout_s=settings.probe_timeout_s))
+            for target, to in zip(settings.inference_targets, inference, strict=True)
+        ],
+        clock,
+        probe_interval_s=settings.probe_interval_s,
+    )
+    completions = Completions(
+        admission=Admission(settings.max_concurrent_generations, clock),
+        router=router,
+        clock=clock,
+        instruments=Instruments(clock),
+    )
+    parser = RequestParser(max_tokens_limit=settings.max_tokens_limit)
+
+    # The two edges.
+    server = GrpcServer(settings, chain=chain, running=running, health=health, validate=False)
+    await server.add(
+        generation_service_pb2_grpc.add_GenerationServiceServicer_to_server,
+        GenerationServicer(parser, completions),
+        "llmos.gateway.v1.GenerationService",
+    )
+    await server.add(
+        model_service_pb2_grpc.add_ModelServiceServicer_to_server,
+        ModelServicer(parser, router),
+        "llmos.gateway.v1.ModelService",
+    )
+    await server.add(
+        audit_service_pb2_grpc.add_AuditServiceServicer_to_server,
+        AuditServicer(GrpcAuditLog(log)),
+        "llmos.logging.v1.AuditService",
+    )
+    await add_pending(server)
+    edge = HttpEdge(
+        chain=chain,
+        parser=parser,
+        completions=completions,
+        router=router,
+        health=health,
+        clock=clock,
+        max_body_bytes=settings.http_max_body_bytes,
+    )
+    http = HttpServer(
+        edge.app(),
+        host=settings.http_listen_host,
+        port=settings.http_port,
+        limits=HttpLimits(
+            max_connections=settings.http_max_connections,
+            max_head_bytes=settings.http_max_head_bytes,
+            receive_timeout_s=settings.http_receive_timeout_s,
+            idle_timeout_s=settings.http_idle_timeout_s,
+            write_timeout_s=settings.write_timeout_s,
+        ),
+        tls=tls,
+    )
+
+    return App(
+        settings=settings,
+        clock=clock,
+        health=health,
+        server=server,
+        # Stopped from the last to the first: outcomes are written before the spool closes, and the
+        # channels stay to the end.
+        components=(
+            _Closing(anonymous.close, auth.close, log.close, *(each.close for each in inference)),
+            _Closing(tokens.close),
+            _FirstKeys(jwks),
+            spool,
+            trail,
+            _Closing(keys.close),
+            router,
+        ),
+        edges=(http,),
+    )
+
+
+async def add_pending(server: GrpcServer) -> None:
+    """The public services that answer UNIMPLEMENTED, with a reason, until a later version brings them."""
+    for register, base, service in (
+        (
+            embedding_service_pb2_grpc.add_EmbeddingServiceServicer_to_server,
+            embedding_service_pb2_grpc.EmbeddingServiceServicer,
+            embedding_service_pb2.DESCRIPTOR.services_by_name["EmbeddingService"],
+        ),
+        (
+            task_service_pb2_grpc.add_TaskServiceServicer_to_server,
+            task_service_pb2_grpc.TaskServiceServicer,
+            task_service_pb2.DESCRIPTOR.services_by_name["TaskService"],
+        ),
+        (
+            job_service_pb2_grpc.add_JobServiceServicer_to_server,
+            job_service_pb2_grpc.JobServiceServicer,
+            job_service_pb2.DESCRIPTOR.services_by_name["JobService"],
+        ),
+        (
+            policy_service_pb2_grpc.add_PolicyServiceServicer_to_server,
+            policy_service_pb2_grpc.PolicyServiceServicer,
+            policy_service_pb2.DESCRIPTOR.services_by_name["PolicyService"],
+        ),
+    ):
+        await server.add(register, pending(base, _methods(service)), service.full_name)
+
+
+def _methods(service: ServiceDescriptor) -> list[tuple[str, bool]]:
+    return [(method.name, method.server_streaming) for method in service.methods]
+
+
+def _secret(settings: GatewaySettings) -> str:
+    try:
+        secret = settings.service_secret_file.read_text().strip()
+    except OSError as error:
+        raise StartError(
+            f"this service's secret cannot be read: {settings.service_secret_file}: {error.strerror}"
+        ) from None
+    if not secret:
+        raise StartError(f"this service's secret is empty: {settings.service_secret_file}")
+    return secret

@@ -1,0 +1,57 @@
+"""The gateway's gRPC edge over fakes, behind the real chain and server, on a free port."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from pathlib import Path
+
+import grpc
+from llmos.gateway.v1 import generation_service_pb2_grpc, model_service_pb2_grpc
+
+from services.gateway.app import add_pending
+from services.gateway.request import RequestParser
+from services.gateway.servicer import GenerationServicer, ModelServicer
+from services.gateway.settings import GatewaySettings
+from services.mesh.health import Health
+from services.mesh.running import RunningCalls
+from services.mesh.server import GrpcServer
+from tests.framework.gateway_fakes import Bench
+from tests.framework.gateway_http import KEY, chain_of
+
+AUTH = (("authorization", f"Bearer {KEY}"),)
+
+
+@asynccontextmanager
+async def serving(bench: Bench, folder: Path, *, max_call_s: float = 30) -> AsyncIterator[grpc.aio.Channel]:
+    """A channel to a running edge."""
+    settings = GatewaySettings(
+        grpc_port=0, metrics_port=0, http_port=0, state_dir=folder, service_secret_file=folder / "secret"
+    )
+    running = RunningCalls(64)
+    health = Health()
+    server = GrpcServer(
+        settings,
+        chain=chain_of(bench, running, max_call_s=max_call_s),
+        running=running,
+        health=health,
+        validate=False,
+    )
+    parser = RequestParser(max_tokens_limit=4096)
+    await server.add(
+        generation_service_pb2_grpc.add_GenerationServiceServicer_to_server,
+        GenerationServicer(parser, bench.completions),
+        "llmos.gateway.v1.GenerationService",
+    )
+    await server.add(
+        model_service_pb2_grpc.add_ModelServiceServicer_to_server,
+        ModelServicer(parser, bench.router),
+        "llmos.gateway.v1.ModelService",
+    )
+    await add_pending(server)
+    await server.start()
+    try:
+        async with grpc.aio.insecure_channel(f"127.0.0.1:{server.ports['grpc']}") as channel:
+            yield channel
+    finally:
+        await server.drain(0)
