@@ -20,7 +20,17 @@ from typing import Any
 import grpc.aio
 import pytest
 from grpc_health.v1 import health_pb2, health_pb2_grpc
+from llmos.events.v1 import events_pb2
+from llmos.gateway.v1 import (
+    generation_pb2,
+    generation_service_pb2,
+    generation_service_pb2_grpc,
+    model_service_pb2,
+    model_service_pb2_grpc,
+)
+from llmos.logging.v1 import audit_service_pb2, audit_service_pb2_grpc
 
+from deploy.dev import readiness
 from deploy.dev.broker import Broker
 from deploy.dev.certs import CertificateAuthority
 from deploy.dev.processes import Process
@@ -211,16 +221,51 @@ async def test_each_service_starts_with_what_the_chart_gives_it(pods: dict[str, 
         for port in pod.container["ports"]:
             assert listed[port["name"]] == pod.cluster.ports[pod.service, port["containerPort"]]
 
-    # Another service's loss is no reason to restart the gateway.
-    gateway = pods["gateway"]
-    pods["inference"].process.kill()
-    await eventually(lambda: not_ready(gateway), timeout_s=20, what="the gateway is not ready")
-    assert await gateway.passes("livenessProbe")
+    # Targets, secrets and certificates lead to the right places: a request goes through all of them.
+    request_id = await generate(pods)
+    await eventually(lambda: audited(pods, request_id), timeout_s=30, what="the request in the audit log")
 
-    left = [pods[service] for service in ("gateway", "logging", "auth")]
+    left = list(pods.values())
     await asyncio.gather(*(pod.process.stop(pod.spec["terminationGracePeriodSeconds"]) for pod in left))
     assert {pod.name: pod.process.exit_code for pod in left} == {pod.name: 0 for pod in left}
 
 
-async def not_ready(pod: Pod) -> bool:
-    return not await pod.passes("readinessProbe")
+def edge(pods: dict[str, Pod]) -> grpc.aio.Channel:
+    """A caller's channel, with a certificate where the value set asks for one."""
+    gateway = pods["gateway"]
+    if "/etc/llmos/tls" not in gateway.mounts:
+        return readiness.open_channel(gateway.grpc_target, None)
+    authority = gateway.cluster.authority
+    authority.ensure("client")
+    return readiness.open_channel(gateway.grpc_target, authority.folder)
+
+
+def bearer(pods: dict[str, Pod]) -> list[tuple[str, str]]:
+    key = next(pods["auth"].folder.rglob("admin-key")).read_text().strip()
+    return [("authorization", f"Bearer {key}")]
+
+
+async def generate(pods: dict[str, Pod]) -> str:
+    """Has something generated; returns the request's id."""
+    async with edge(pods) as channel:
+        models = await model_service_pb2_grpc.ModelServiceStub(channel).ListModels(
+            model_service_pb2.ListModelsRequest(), metadata=bearer(pods), timeout=20
+        )
+        spec = generation_pb2.GenerationSpec(
+            model=models.models[0].id, prompt=generation_pb2.Prompt(text="one two three"), max_tokens=8
+        )
+        answer = await generation_service_pb2_grpc.GenerationServiceStub(channel).Generate(
+            generation_service_pb2.GenerateRequest(spec=spec), metadata=bearer(pods), timeout=20
+        )
+    assert answer.choices[0].text
+    return str(answer.request_id)
+
+
+async def audited(pods: dict[str, Pod], request_id: str) -> bool:
+    """Whether the outcome is in the audit log, after its way over Kafka."""
+    wanted = audit_service_pb2.SearchRequest(filter=audit_service_pb2.RequestFilter(request_id=request_id))
+    async with edge(pods) as channel:
+        found = await audit_service_pb2_grpc.AuditServiceStub(channel).Search(
+            wanted, metadata=bearer(pods), timeout=20
+        )
+    return any(record.ended.outcome == events_pb2.OUTCOME_SUCCEEDED for record in found.records)

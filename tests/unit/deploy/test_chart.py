@@ -165,22 +165,20 @@ def test_probes_ask_the_health_of_the_process(name: str) -> None:
         assert start_s >= (float(env["LLMOS_INFERENCE_LOAD_TIMEOUT_S"]) if service == "inference" else 30)
 
 
+@pytest.mark.parametrize("service", SERVICES)
 @pytest.mark.parametrize("name", VALUE_SETS)
-def test_every_variable_is_a_setting_and_every_set_of_them_is_valid(
-    name: str, monkeypatch: pytest.MonkeyPatch
+def test_every_variable_is_a_setting_and_all_of_them_together_are_valid(
+    name: str, service: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    manifests = render(value_set(name))
-    for service in SERVICES:
-        settings = importlib.import_module(f"services.{service}.settings")
-        kind = getattr(settings, f"{service.capitalize()}Settings")
-        prefix = f"LLMOS_{service.upper()}_"
-        with monkeypatch.context() as patch:
-            for entry in container(manifests, service)["env"]:
-                field = entry["name"].removeprefix(prefix).lower()
-                assert entry["name"].startswith(prefix), entry["name"]
-                assert field in kind.model_fields, f"{entry['name']} is no setting of {service}"
-                patch.setenv(entry["name"], entry.get("value") or f"llmos-{service}-0")
-            kind()
+    settings = importlib.import_module(f"services.{service}.settings")
+    kind = getattr(settings, f"{service.capitalize()}Settings")
+    prefix = f"LLMOS_{service.upper()}_"
+    for entry in container(render(value_set(name)), service)["env"]:
+        field = entry["name"].removeprefix(prefix).lower()
+        assert entry["name"].startswith(prefix), entry["name"]
+        assert field in kind.model_fields, f"{entry['name']} is no setting of {service}"
+        monkeypatch.setenv(entry["name"], entry.get("value") or f"llmos-{service}-0")
+    kind()
 
 
 def test_the_settings_that_values_may_not_hold_are_those_of_the_chart() -> None:
