@@ -41,7 +41,7 @@ from services.mesh.channel import Channel
 from services.mesh.clock import Clock
 from services.mesh.health import Health
 from services.mesh.interceptors import Chain, server_chain
-from services.mesh.jwks import JwksCache
+from services.mesh.jwks import KEYS, FirstKeys, JwksCache
 from services.mesh.running import RunningCalls
 from services.mesh.server import GrpcServer
 from services.mesh.spool import Spool
@@ -62,27 +62,10 @@ class _Closing:
         await asyncio.gather(*(close() for close in self._closers))
 
 
-class _FirstKeys:
-    """Fetches auth's public keys behind the start, which does not wait for auth."""
-
-    def __init__(self, jwks: JwksCache) -> None:
-        self._jwks = jwks
-        self._task: asyncio.Task[None] | None = None
-
-    async def start(self) -> None:
-        self._task = asyncio.create_task(self._jwks.refresh(), name="first-jwks")
-
-    async def stop(self) -> None:
-        await self._jwks.close()
-        if self._task is not None:
-            self._task.cancel()
-            await asyncio.gather(self._task, return_exceptions=True)
-
-
 async def build(settings: GatewaySettings, clock: Clock) -> App:
     """Puts the gateway together; nothing runs yet. Raises StartError where its secret is missing."""
     tls = TlsFiles.of(settings)
-    health = Health()
+    health = Health(parts=[KEYS])
     running = RunningCalls(settings.max_concurrent_calls)
 
     # To the other services: this service's own tokens, and what is reached with them.
@@ -206,7 +189,7 @@ async def build(settings: GatewaySettings, clock: Clock) -> App:
         components=(
             _Closing(anonymous.close, auth.close, log.close, *(each.close for each in inference)),
             _Closing(tokens.close),
-            _FirstKeys(jwks),
+            FirstKeys(jwks, health, clock),
             spool,
             trail,
             _Closing(keys.close),

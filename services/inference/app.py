@@ -21,7 +21,7 @@ from services.mesh.channel import Channel
 from services.mesh.clock import Clock
 from services.mesh.health import Health
 from services.mesh.interceptors import server_chain
-from services.mesh.jwks import JwksCache
+from services.mesh.jwks import KEYS, FirstKeys, JwksCache
 from services.mesh.running import RunningCalls
 from services.mesh.server import GrpcServer
 from services.mesh.tls import TlsFiles
@@ -30,21 +30,16 @@ from services.mesh.tokens import Audience, ServiceAuthenticator, Verifier
 ENGINE = "engine"
 
 
-class _Keys:
-    """The public keys of auth, as a component: fetched behind the start, which does not wait for auth."""
+class _Closing:
+    """A channel, as a component."""
 
-    def __init__(self, channel: Channel, cache: JwksCache) -> None:
+    def __init__(self, channel: Channel) -> None:
         self._channel = channel
-        self._cache = cache
-        self._first: asyncio.Task[None] | None = None
 
     async def start(self) -> None:
-        self._first = asyncio.create_task(self._cache.refresh(), name="first-jwks")
+        """Nothing to do."""
 
     async def stop(self) -> None:
-        await self._cache.close()
-        if self._first is not None:
-            self._first.cancel()
         await self._channel.close()
 
 
@@ -117,7 +112,7 @@ async def build(settings: InferenceSettings, clock: Clock) -> App:
     engine = MeasuredEngine(build_engine(settings, clock), clock)
 
     running = RunningCalls(settings.max_concurrent_calls)
-    health = Health(parts=[ENGINE])
+    health = Health(parts=[ENGINE, KEYS])
     chain = server_chain(
         clock=clock,
         running=running,
@@ -141,5 +136,5 @@ async def build(settings: InferenceSettings, clock: Clock) -> App:
         clock=clock,
         health=health,
         server=server,
-        components=(_Keys(auth, jwks), engine, _EngineHealth(engine, health)),
+        components=(_Closing(auth), FirstKeys(jwks, health, clock), engine, _EngineHealth(engine, health)),
     )

@@ -22,12 +22,16 @@ from joserfc.jwk import OKPKey
 from services.mesh.access_token import ALGORITHM, is_kid
 from services.mesh.clock import Clock
 from services.mesh.errors import DependencyUnavailable, LlmosError
+from services.mesh.health import Health
 
 log = logging.getLogger(__name__)
 
 MAX_JWKS_CHARS = 64 * 1024
 MAX_KEYS = 100
-FIRST_RETRY_S = 1.0
+FIRST_RETRY_S = 0.25
+"""Until auth has answered once."""
+KEYS = "signing keys"
+"""The part of health that is missing until then."""
 
 
 class JwksPort(Protocol):
@@ -139,6 +143,10 @@ class JwksCache:
             self._fetch.cancel()
             await asyncio.gather(self._fetch, return_exceptions=True)
 
+    @property
+    def has_keys(self) -> bool:
+        return bool(self._keys)
+
     def _start_fetch(self) -> asyncio.Task[None] | None:
         """The running fetch, or a new one where the interval allows it."""
         if self._fetch is not None and not self._fetch.done():
@@ -167,3 +175,31 @@ class JwksCache:
             log.info("the keys of auth were fetched again")
         self._failing = False
         self._fetched_s = self._clock.monotonic()
+
+
+class FirstKeys:
+    """Fetches the first keys, as a component. The start does not wait for auth; health does, since whoever
+    cannot verify a token can serve nobody."""
+
+    def __init__(self, cache: JwksCache, health: Health, clock: Clock) -> None:
+        """`health` has the part `KEYS`."""
+        self._cache = cache
+        self._health = health
+        self._clock = clock
+        self._task: asyncio.Task[None] | None = None
+
+    async def start(self) -> None:
+        self._task = asyncio.create_task(self._run(), name="first-jwks")
+
+    async def stop(self) -> None:
+        if self._task is not None:
+            self._task.cancel()
+            await asyncio.gather(self._task, return_exceptions=True)
+        await self._cache.close()
+
+    async def _run(self) -> None:
+        await self._cache.refresh()
+        while not self._cache.has_keys:
+            await self._clock.sleep(FIRST_RETRY_S)
+            await self._cache.refresh()
+        await self._health.set_part(KEYS, ready=True)
