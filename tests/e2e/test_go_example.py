@@ -13,6 +13,7 @@ from pathlib import Path
 
 import grpc
 import pytest
+from llmos_client import AsyncClient, ClientOptions
 
 from deploy.dev.broker import Broker
 from deploy.dev.environment import ROOT
@@ -28,6 +29,7 @@ from tests.framework.scripted_gateway import (
     moved,
     started,
 )
+from tests.framework.waiting import eventually
 
 SOURCES = ROOT / "clients" / "examples" / "go"
 DEADLINE_S = 30.0
@@ -154,9 +156,26 @@ def test_ctrl_c_cancels_the_work(example: Path, gateway: ScriptedGateway) -> Non
     assert not gateway.calls[0].answered
 
 
+async def started_mesh(mesh: MeshHarness) -> dict[str, str]:
+    """Returns what a client is told, when the gateway has found its replica."""
+    await mesh.start("auth", "inference", "gateway")
+    certs = mesh.plan.certs
+    tls = ClientOptions(
+        tls_ca_file=certs / "ca.crt" if certs else None,
+        tls_cert_file=certs / "client.crt" if certs else None,
+        tls_key_file=certs / "client.key" if certs else None,
+    )
+    async with AsyncClient(mesh.target(), api_key_file=mesh.state.admin_key, **tls) as client:
+
+        async def ready() -> bool:
+            return any(model.ready for model in await client.models())
+
+        await eventually(ready, timeout_s=DEADLINE_S, what="the model is ready")
+    return mesh.plan.client_environment()
+
+
 async def test_it_talks_to_the_mesh(example: Path, mesh: MeshHarness) -> None:
-    await mesh.start()
-    environment = mesh.plan.client_environment()
+    environment = await started_mesh(mesh)
     done = await asyncio.to_thread(run, example, "one two three", environment=environment)
     assert (done.returncode, done.stdout) == (0, "one two three\n"), done.stderr
     assert "request req_" in done.stderr
@@ -168,8 +187,7 @@ async def test_it_talks_to_the_mesh(example: Path, mesh: MeshHarness) -> None:
 
 async def test_it_talks_to_the_mesh_over_mtls(example: Path, make_mesh: MeshFactory, broker: Broker) -> None:
     mesh = make_mesh(broker, tls=True)
-    await mesh.start()
-    environment = mesh.plan.client_environment()
+    environment = await started_mesh(mesh)
     done = await asyncio.to_thread(run, example, "one two", environment=environment)
     assert (done.returncode, done.stdout) == (0, "one two\n"), done.stderr
     without = {name: value for name, value in environment.items() if "_TLS_CERT" not in name}

@@ -523,7 +523,7 @@ async def test_tail_is_ended_by_its_own_deadline_and_by_cancel(gateway: Scripted
     tail = both.client.audit.tail()
     with pytest.raises(sdk.Cancelled):
         await both.read(tail, at_each=lambda record: tail.cancel())
-    await wait(gateway.calls[1].ended)
+    await wait(gateway.calls[-1].ended)
 
 
 # ---- secrets and settings ---------------------------------------------------------------------------
