@@ -42,11 +42,14 @@ from services.mesh.clock import Clock
 from services.mesh.health import Health
 from services.mesh.interceptors import Chain, server_chain
 from services.mesh.jwks import KEYS, FirstKeys, JwksCache
+from services.mesh.kafka import KafkaPublisher, audit_topic
+from services.mesh.relay import Relay
 from services.mesh.running import RunningCalls
 from services.mesh.server import GrpcServer
 from services.mesh.spool import Spool
 from services.mesh.tls import TlsFiles
 from services.mesh.tokens import Audience, ServiceTokens, Verifier
+from services.mesh.watermark_client import GrpcWatermarks
 
 
 class _Closing:
@@ -95,6 +98,8 @@ async def build(settings: GatewaySettings, clock: Clock) -> App:
         max_events=settings.spool_max_events,
         clock=clock,
     )
+    publisher = KafkaPublisher(settings, audit_topic(settings))
+    relay = Relay(spool, publisher, GrpcWatermarks(log), clock)
     trail = AuditTrail(spool, clock)
 
     # Who comes in.
@@ -184,13 +189,14 @@ async def build(settings: GatewaySettings, clock: Clock) -> App:
         clock=clock,
         health=health,
         server=server,
-        # Stopped from the last to the first: outcomes are written before the spool closes, and the
-        # channels stay to the end.
+        # Stopped from the last to the first: all outcomes are written, the relay sends what it can, the spool
+        # closes, and the channels stay to the end.
         components=(
             _Closing(anonymous.close, auth.close, log.close, *(each.close for each in inference)),
             _Closing(tokens.close),
             FirstKeys(jwks, health, clock),
             spool,
+            relay,
             trail,
             _Closing(keys.close),
             router,

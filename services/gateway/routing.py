@@ -140,7 +140,8 @@ class Router:
             try:
                 replica.models = {model.id: model for model in await replica.port.list_models()}
             except LlmosError as error:
-                logger.warning("replica %s does not name its models: %s", replica.name, error)
+                cause = error.__cause__ or error
+                logger.warning("replica %s does not name its models: %s", replica.name, cause)
                 healthy = False
         if healthy != replica.healthy:
             logger.info("replica %s %s", replica.name, "serves" if healthy else "does not serve")

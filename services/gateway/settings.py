@@ -8,12 +8,12 @@ from typing import Annotated, ClassVar, Literal
 from pydantic import Field, field_validator, model_validator
 from pydantic_settings import NoDecode, SettingsConfigDict
 
-from services.mesh.settings import LOOPBACK, Port, PositiveSeconds, ServiceSettings
+from services.mesh.settings import LOOPBACK, KafkaSettings, Port, PositiveSeconds
 
 MIB = 1024 * 1024
 
 
-class GatewaySettings(ServiceSettings):
+class GatewaySettings(KafkaSettings):
     """Settings of the gateway."""
 
     model_config = SettingsConfigDict(
@@ -45,10 +45,6 @@ class GatewaySettings(ServiceSettings):
     token_cache_max_entries: int = Field(default=10_000, ge=1)
     """Access tokens that are remembered as verified, until they expire."""
 
-    kafka_bootstrap_servers: str = "127.0.0.1:50092"
-    """`host:port`, several with commas."""
-    kafka_topic_prefix: str = Field(default="llmos", pattern=r"^[a-zA-Z0-9._-]{1,100}$")
-    """Topics are PREFIX.audit.v1 and so on."""
     audit_mode: Literal["permissive", "strict"] = "permissive"
     """What happens when the spool is full: `permissive` serves on, drops events and counts them; `strict`
     refuses."""
@@ -89,7 +85,3 @@ class GatewaySettings(ServiceSettings):
     @property
     def http_listen_host(self) -> str:
         return self.http_host or self.listen_host
-
-    @property
-    def audit_topic(self) -> str:
-        return f"{self.kafka_topic_prefix}.audit.v1"
