@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from datetime import datetime
+from datetime import UTC, datetime
 
 from google.protobuf.message import DecodeError
 from llmos.common.v1 import error_reason_pb2, identity_pb2
@@ -187,10 +187,12 @@ def read_place(text: str) -> Place:
     return place
 
 
-def abort(started: bytes, now: datetime) -> bytes:
+def abort(started: bytes, now_us: int) -> bytes:
     """The RequestEnded of a request that logging closes; `started` is its RequestStarted."""
     ended = events_pb2.RequestEnded()
-    _fill_aborted(ended, events_pb2.RequestStarted.FromString(started), now)
+    _fill_aborted(
+        ended, events_pb2.RequestStarted.FromString(started), datetime.fromtimestamp(now_us / 1e6, UTC)
+    )
     return ended.SerializeToString()
 
 

@@ -91,6 +91,45 @@ class ServiceSettings(BaseSettings):
         return self.instance or f"{self.service}-0"
 
 
+class KafkaSettings(ServiceSettings):
+    """What a service is told that speaks to Kafka."""
+
+    kafka_bootstrap_servers: str = Field(default="127.0.0.1:50092", min_length=1)
+    """`host:port`, several with commas."""
+    kafka_topic_prefix: str = Field(default="llmos", pattern=r"^[a-zA-Z0-9._-]{1,100}$")
+    """Topics are PREFIX.audit.v1 and so on."""
+    kafka_security_protocol: Literal["PLAINTEXT", "SSL", "SASL_PLAINTEXT", "SASL_SSL"] = "PLAINTEXT"
+    kafka_ca_file: Path | None = None
+    """Who signed the broker's certificate; not set: the system's authorities."""
+    kafka_cert_file: Path | None = None
+    kafka_key_file: Path | None = None
+    """This client's own certificate, where the broker asks for one; both or none."""
+    kafka_sasl_mechanism: Literal["PLAIN", "SCRAM-SHA-256", "SCRAM-SHA-512"] = "SCRAM-SHA-512"
+    kafka_sasl_username: str = Field(default="", max_length=256)
+    kafka_sasl_password_file: Path | None = None
+    kafka_partitions: int = Field(default=4, ge=1, le=1024)
+    """Of topics that do not exist and are created."""
+    kafka_replication: int = Field(default=1, ge=1, le=16)
+    """Of topics that are created: 1 suits a single broker; more than one machine should have 3."""
+
+    @model_validator(mode="after")
+    def _kafka_combinations(self) -> KafkaSettings:
+        if bool(self.kafka_cert_file) != bool(self.kafka_key_file):
+            raise ValueError("kafka_cert_file and kafka_key_file belong together: set both or none")
+        if self.kafka_security_protocol.startswith("SASL") and not (
+            self.kafka_sasl_username and self.kafka_sasl_password_file
+        ):
+            raise ValueError(
+                f"kafka_security_protocol {self.kafka_security_protocol} needs kafka_sasl_username and "
+                "kafka_sasl_password_file"
+            )
+        return self
+
+    @property
+    def audit_topic(self) -> str:
+        return f"{self.kafka_topic_prefix}.audit.v1"
+
+
 def describe(settings: ServiceSettings) -> list[str]:
     """One line a setting, `VARIABLE = value`, with secrets hidden."""
     prefix = settings.model_config.get("env_prefix") or ""

@@ -1,0 +1,95 @@
+"""The composition root of the logging service."""
+
+from __future__ import annotations
+
+import asyncio
+from functools import partial
+
+from llmos.logging.v1 import audit_service_pb2_grpc, watermark_service_pb2_grpc
+
+from services.logging.audit import AuditLog
+from services.logging.consumer import AuditConsumer
+from services.logging.servicer import AuditServicer, WatermarkServicer
+from services.logging.settings import LoggingSettings
+from services.logging.stores.sqlite import SqliteStore
+from services.mesh.app import App
+from services.mesh.auth_client import GrpcJwks
+from services.mesh.channel import Channel
+from services.mesh.clock import Clock
+from services.mesh.health import Health
+from services.mesh.interceptors import server_chain
+from services.mesh.jwks import JwksCache
+from services.mesh.kafka import KafkaSource, audit_topic
+from services.mesh.running import RunningCalls
+from services.mesh.server import GrpcServer
+from services.mesh.tls import TlsFiles
+from services.mesh.tokens import Audience, ServiceAuthenticator, Verifier
+
+CONSUMER = "consumer"
+GROUP = "llmos-logging"
+
+
+class _Keys:
+    """The public keys of auth, as a component: fetched behind the start, which does not wait for auth."""
+
+    def __init__(self, channel: Channel, cache: JwksCache) -> None:
+        self._channel = channel
+        self._cache = cache
+        self._first: asyncio.Task[None] | None = None
+
+    async def start(self) -> None:
+        self._first = asyncio.create_task(self._cache.refresh(), name="first-jwks")
+
+    async def stop(self) -> None:
+        await self._cache.close()
+        if self._first is not None:
+            self._first.cancel()
+        await self._channel.close()
+
+
+async def build(settings: LoggingSettings, clock: Clock) -> App:
+    """Puts the service together."""
+    auth = Channel(settings.auth_target, clock=clock, tls=TlsFiles.of(settings))
+    jwks = JwksCache(GrpcJwks(auth), clock)
+    verifier = Verifier(jwks, issuer=settings.issuer, audience=Audience.LOGGING, clock=clock)
+
+    health = Health(parts=[CONSUMER])
+    store = SqliteStore(settings.db_path)
+    log = AuditLog(store, clock, fence_after_s=settings.fence_after_s, max_tails=settings.max_tails)
+    topic = audit_topic(settings)
+    consumer = AuditConsumer(
+        KafkaSource(settings, topic, group=GROUP),
+        store,
+        log,
+        clock,
+        topic=topic.name,
+        stalled_after_s=settings.stalled_after_s,
+        on_health=partial(health.set_part, CONSUMER),
+    )
+
+    running = RunningCalls(settings.max_concurrent_calls)
+    chain = server_chain(
+        clock=clock,
+        running=running,
+        authenticator=ServiceAuthenticator(verifier),
+        max_call_s=settings.max_call_s,
+        adopt_request_id=True,
+    )
+    server = GrpcServer(settings, chain=chain, running=running, health=health)
+    await server.add(
+        audit_service_pb2_grpc.add_AuditServiceServicer_to_server,
+        AuditServicer(log),
+        "llmos.logging.v1.AuditService",
+    )
+    await server.add(
+        watermark_service_pb2_grpc.add_WatermarkServiceServicer_to_server,
+        WatermarkServicer(log),
+        "llmos.logging.v1.WatermarkService",
+    )
+    return App(
+        settings=settings,
+        clock=clock,
+        health=health,
+        server=server,
+        components=(_Keys(auth, jwks), store, consumer),
+    )

@@ -1,0 +1,205 @@
+"""Reads the audit topic into the store, and notices when that does not go on.
+
+A record is stored together with its offset, so a crash at any point repeats nothing and misses nothing, and
+the offsets in the store are what counts; Kafka is told of them for lag monitors only. A record that cannot
+be read becomes a dead letter and does not stop the others.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+from collections.abc import Awaitable, Callable, Sequence
+
+from opentelemetry import context, propagate, trace
+from opentelemetry.trace import Link, SpanKind
+
+from services.logging.audit import AuditLog
+from services.logging.store import AuditStore, DeadLetter
+from services.mesh import event_codec
+from services.mesh.broker import PLACE_HEADER, ReceivedRecord, RecordSource
+from services.mesh.clock import Clock
+from services.mesh.errors import DataCorrupt, LlmosError
+
+logger = logging.getLogger(__name__)
+_tracer = trace.get_tracer("llmos.audit")
+
+MAX_BATCH = 1000
+POLL_S = 1.0
+CHECK_EVERY_S = 2.0
+MAX_LINKS = 64
+FIRST_BACKOFF_S, MAX_BACKOFF_S = 0.2, 5.0
+
+
+class AuditConsumer:
+    """A component. `on_health` hears whether events are being stored as far as Kafka has any."""
+
+    def __init__(
+        self,
+        source: RecordSource,
+        store: AuditStore,
+        log: AuditLog,
+        clock: Clock,
+        *,
+        topic: str,
+        stalled_after_s: float,
+        on_health: Callable[[bool], Awaitable[None]],
+    ) -> None:
+        """`stalled_after_s`: with records waiting and none coming for so long, something hangs."""
+        self._source = source
+        self._store = store
+        self._log = log
+        self._clock = clock
+        self._topic = topic
+        self._stalled_after_s = stalled_after_s
+        self._on_health = on_health
+        self._progress_s = 0.0
+        self._goal: tuple[float, dict[int, int]] | None = None
+        """A moment, and what Kafka had then: once that is read, who was silent up to then was silent."""
+        self._checked_s = float("-inf")
+        self._task: asyncio.Task[None] | None = None
+
+    async def start(self) -> None:
+        """Returns at once: queries are answered while Kafka is away."""
+        self._progress_s = self._clock.monotonic()
+        await self._on_health(True)
+        self._task = asyncio.create_task(self._run(), name="audit-consumer")
+
+    async def stop(self) -> None:
+        if self._task is not None:
+            self._task.cancel()
+            with contextlib.suppress(asyncio.CancelledError):
+                await self._task
+        await self._source.close()
+
+    async def open(self) -> None:
+        """Begins to read where the store is. Raises DependencyUnavailable."""
+        self._goal = None
+        await self._source.open(await self._store.offsets(self._topic))
+
+    async def step(self, max_records: int = MAX_BATCH, timeout_s: float = POLL_S) -> int:
+        """Stores the next records; returns how many. Raises DependencyUnavailable."""
+        records = await self._source.poll(max_records, timeout_s)
+        if not records:
+            return 0
+        with _tracer.start_as_current_span(
+            f"process {self._topic}",
+            context=context.Context(),
+            kind=SpanKind.CONSUMER,
+            links=_links(records),
+            attributes={
+                "messaging.system": "kafka",
+                "messaging.operation.type": "process",
+                "messaging.destination.name": self._topic,
+                "messaging.batch.message_count": len(records),
+            },
+        ):
+            events, dead, offsets = self._read(records)
+            await self._log.take(self._topic, events, dead, offsets)
+        self._progress_s = self._clock.monotonic()
+        await self._source.commit(offsets)
+        await self._reach_goal()
+        return len(records)
+
+    async def check(self) -> bool:
+        """Compares with what Kafka has; False where it has more and nothing comes.
+
+        Raises DependencyUnavailable.
+        """
+        now_s = self._clock.monotonic()
+        ends = await self._source.ends()
+        if self._reads_up_to(ends):
+            self._progress_s = max(self._progress_s, now_s)
+        if self._goal is None:
+            self._goal = now_s, ends
+        await self._reach_goal()
+        return now_s - self._progress_s < self._stalled_after_s
+
+    def _reads_up_to(self, ends: dict[int, int]) -> bool:
+        positions = self._source.positions()
+        return all(positions.get(partition, 0) >= end for partition, end in ends.items())
+
+    async def _reach_goal(self) -> None:
+        if self._goal is not None and self._reads_up_to(self._goal[1]):
+            until_s, self._goal = self._goal[0], None
+            await self._log.fence_silent(until_s)
+
+    async def _run(self) -> None:
+        backoff_s = FIRST_BACKOFF_S
+        failing = False
+        while True:
+            try:
+                await self.open()
+                if failing:
+                    logger.info("the audit topic is read again")
+                failing, backoff_s = False, FIRST_BACKOFF_S
+                await self._read_on()
+            except LlmosError as error:
+                if not failing:
+                    logger.warning("the audit topic is not read: %s; trying again until it is", error)
+                failing = True
+            except Exception:
+                logger.exception("the audit topic is not read")
+                failing = True
+                await self._on_health(False)
+            await self._clock.sleep(backoff_s)
+            backoff_s = min(backoff_s * 2, MAX_BACKOFF_S)
+
+    async def _read_on(self) -> None:
+        """Until something fails or hangs."""
+        while True:
+            stored = await self.step()
+            if stored:
+                await self._on_health(True)
+            if self._clock.monotonic() - self._checked_s >= CHECK_EVERY_S:
+                self._checked_s = self._clock.monotonic()
+                if not await self.check():
+                    logger.error("Kafka has audit events and gives none; connecting anew")
+                    await self._on_health(False)
+                    # It has as long again to show that this helped.
+                    self._progress_s = self._clock.monotonic()
+                    return
+
+    def _read(
+        self, records: Sequence[ReceivedRecord]
+    ) -> tuple[list[event_codec.EventRead], list[DeadLetter], dict[int, int]]:
+        events, dead, offsets = [], [], {}
+        for record in records:
+            offsets[record.partition] = record.offset + 1
+            try:
+                events.append(event_codec.read(record.value))
+            except DataCorrupt as error:
+                dead.append(_dead_letter(record, error.message))
+        return events, dead, offsets
+
+
+def _dead_letter(record: ReceivedRecord, reason: str) -> DeadLetter:
+    producer = record.key.decode("utf-8", "replace")[:128]
+    place = None
+    with contextlib.suppress(ValueError):
+        place = event_codec.read_place(dict(record.headers).get(PLACE_HEADER, b"").decode("ascii"))
+    return DeadLetter(
+        record.partition,
+        record.offset,
+        reason,
+        record.key[:1024],
+        record.value,
+        producer,
+        place if producer else None,
+    )
+
+
+def _links(records: Sequence[ReceivedRecord]) -> list[Link]:
+    """To the traces that the events come from; a batch may have many."""
+    found: dict[int, Link] = {}
+    for record in records:
+        carrier = {key: value.decode("ascii", "replace") for key, value in record.headers}
+        if "traceparent" not in carrier:
+            continue
+        origin = trace.get_current_span(propagate.extract(carrier, context.Context())).get_span_context()
+        if origin.is_valid:
+            found.setdefault(origin.trace_id, Link(origin))
+        if len(found) >= MAX_LINKS:
+            break
+    return list(found.values())

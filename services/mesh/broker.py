@@ -1,0 +1,70 @@
+"""What the audit path asks of Kafka: ports, implemented in `kafka`, and in memory by tests."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+PLACE_HEADER = "llmos-place"
+"""EPOCH/SEQUENCE of an audit event: should its value be damaged, the consumer still knows what it was."""
+
+Headers = tuple[tuple[str, bytes], ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Record:
+    """A record on its way to Kafka."""
+
+    key: bytes
+    value: bytes
+    headers: Headers = ()
+
+
+@dataclass(frozen=True, slots=True)
+class ReceivedRecord:
+    """A record as it came from Kafka."""
+
+    partition: int
+    offset: int
+    key: bytes
+    value: bytes
+    headers: Headers = ()
+
+
+class RecordPublisher(Protocol):
+    """Publishes to one topic."""
+
+    async def publish(self, records: Sequence[Record]) -> None:
+        """Returns when the broker has all of them, in order for each key.
+
+        Raises DependencyUnavailable where that is not sure; some may have been taken nevertheless. Ends in
+        bounded time.
+        """
+
+    async def close(self) -> None:
+        """Ends in bounded time, whatever the broker does."""
+
+
+class RecordSource(Protocol):
+    """Reads all partitions of one topic. Each method ends in bounded time, or raises
+    DependencyUnavailable."""
+
+    async def open(self, offsets: Mapping[int, int]) -> None:
+        """Begins to read each partition at its offset; at the earliest, where there is none or it does not
+        exist any more. Also begins anew."""
+
+    async def poll(self, max_records: int, timeout_s: float) -> list[ReceivedRecord]:
+        """The next records; none after `timeout_s` without any."""
+
+    async def ends(self) -> dict[int, int]:
+        """By partition: the offset after the last record that the broker has. Raises DependencyUnavailable
+        also where the topic is not the one that was opened any more."""
+
+    def positions(self) -> dict[int, int]:
+        """By partition: the offset after the last record that was polled."""
+
+    async def commit(self, offsets: Mapping[int, int]) -> None:
+        """Tells the broker how far this reader is, for lag monitors. May fail without notice."""
+
+    async def close(self) -> None: ...
