@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import json
 import os
+import re
 import signal
 import sys
 from collections.abc import AsyncIterator
@@ -17,11 +18,13 @@ import pytest
 from llmos_client import AsyncClient, AuditFilter, AuditRecord, Client, Outcome
 
 from deploy.dev.broker import Broker
+from deploy.dev.environment import ROOT
 from tests.conftest import MeshFactory
 from tests.framework.mesh import MeshHarness
 from tests.framework.waiting import eventually
 
 TIMEOUT_S = 30.0
+COMMAND = ("-m", "llmos_client.cli")
 
 
 def options(mesh: MeshHarness) -> sdk.ClientOptions:
@@ -166,6 +169,20 @@ async def test_over_mtls(make_mesh: MeshFactory, broker: Broker) -> None:
     assert (done.code, done.stdout) == (0, "one two\n")
 
 
+async def test_the_examples_of_the_guide_run(mesh: MeshHarness) -> None:
+    await start(mesh, "auth", "inference", "gateway")
+    blocks = re.findall(
+        r"^```python\n(.*?)^```", (ROOT / "docs" / "client.md").read_text(), re.MULTILINE | re.DOTALL
+    )
+    assert len(blocks) == 3
+    for block in blocks:
+        program = block.replace("127.0.0.1:50050", mesh.target()).replace("smollm2-135m-instruct", "echo")
+        program = program.replace(".state/auth/admin-key", str(mesh.state.admin_key))
+        done = await finished(await begin(mesh, "-c", program))
+        assert (done.code, done.stderr) == (0, ""), block
+        assert done.stdout
+
+
 # ---- the command ------------------------------------------------------------------------------------
 
 
@@ -180,7 +197,7 @@ async def begin(mesh: MeshHarness, *arguments: str, **changes: str) -> asyncio.s
     own = {name: value for name, value in os.environ.items() if not name.startswith("LLMOS_")}
     given: dict[str, Any] = own | mesh.plan.client_environment() | changes
     return await asyncio.create_subprocess_exec(
-        *(sys.executable, "-m", "llmos_client.cli", *arguments),
+        *(sys.executable, *arguments),
         stdin=asyncio.subprocess.DEVNULL,
         stdout=asyncio.subprocess.PIPE,
         stderr=asyncio.subprocess.PIPE,
@@ -189,8 +206,7 @@ async def begin(mesh: MeshHarness, *arguments: str, **changes: str) -> asyncio.s
     )
 
 
-async def llmos(mesh: MeshHarness, *arguments: str, **changes: str) -> Done:
-    process = await begin(mesh, *arguments, **changes)
+async def finished(process: asyncio.subprocess.Process) -> Done:
     try:
         async with asyncio.timeout(TIMEOUT_S):
             stdout, stderr = await process.communicate()
@@ -198,6 +214,10 @@ async def llmos(mesh: MeshHarness, *arguments: str, **changes: str) -> Done:
         if process.returncode is None:
             process.kill()
     return Done(process.returncode, stdout, stderr)
+
+
+async def llmos(mesh: MeshHarness, *arguments: str, **changes: str) -> Done:
+    return await finished(await begin(mesh, *COMMAND, *arguments, **changes))
 
 
 async def test_the_command_from_a_question_to_its_audit_record(mesh: MeshHarness) -> None:
@@ -223,7 +243,7 @@ async def test_the_command_from_a_question_to_its_audit_record(mesh: MeshHarness
 
 async def test_ctrl_c_in_the_command_cancels_at_the_server(mesh: MeshHarness) -> None:
     await start(mesh)
-    process = await begin(mesh, "chat", "[[hang_after=2]] one two", "--model", "echo")
+    process = await begin(mesh, *COMMAND, "chat", "[[hang_after=2]] one two", "--model", "echo")
     assert process.stdout is not None
     async with asyncio.timeout(TIMEOUT_S):
         assert await process.stdout.readexactly(3) == b"one"
