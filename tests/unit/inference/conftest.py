@@ -1,0 +1,28 @@
+"""Models for the tests of inference, made once for a run."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from services.inference.engine.tokenizer import PromptTokenizer
+from tests.framework.models import make_tiny_model, real_model
+
+
+@pytest.fixture(scope="session")
+def smollm2() -> Path:
+    """SmolLM2-135M-Instruct."""
+    return real_model()
+
+
+@pytest.fixture(scope="session")
+def tiny_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A tiny random Llama."""
+    return make_tiny_model(tmp_path_factory.mktemp("tiny-model"))
+
+
+@pytest.fixture(scope="session")
+def tokenizer(smollm2: Path) -> PromptTokenizer:
+    """SmolLM2's tokenizer."""
+    return PromptTokenizer.load(smollm2)
