@@ -218,8 +218,9 @@ class KafkaSource:
         name = self._topic.name
         found: set[int] | None = None
         while not found:
-            await consumer.topics()  # asks the broker
-            found = consumer.partitions_for_topic(name)
+            # `consumer.partitions_for_topic` knows only topics that are subscribed or assigned already.
+            metadata = await consumer._client.fetch_all_metadata()
+            found = metadata.partitions_for_topic(name)
             if not found:
                 await asyncio.sleep(0.1)
         return [TopicPartition(name, partition) for partition in sorted(found)]
