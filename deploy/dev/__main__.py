@@ -136,7 +136,7 @@ or, for everything else:
   . {environment_file}
   .venv/bin/llmos models
   .venv/bin/llmos audit tail
-  (cd clients/examples/go && go run . "Why is the sky blue?")
+  clients/examples/go/build.sh && clients/examples/go/bin/llmos-stream "Why is the sky blue?"
   curl {tls}{url}/v1/chat/completions \\
     -H "authorization: Bearer $(cat {key_file})" -H "content-type: application/json" \\
     -d '{{"model": "{MODEL}", "messages": [{{"role": "user", "content": "Hello!"}}]}}'

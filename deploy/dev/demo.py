@@ -9,7 +9,7 @@ import signal
 import time
 from pathlib import Path
 
-from llmos_client import AsyncClient, AuditFilter, AuditRecord
+from llmos_client import AsyncClient, AuditFilter, AuditRecord, LlmosError
 
 from deploy.dev import ports
 from deploy.dev.environment import settings_of_this_shell
@@ -53,6 +53,8 @@ async def demo(folder: Path, *, models: Path, dist: Path) -> int:
         shown = True
     except asyncio.CancelledError:
         say("Interrupted.")
+    except LlmosError as error:
+        raise CannotStart(f"The request failed: {error} The logs are in {mesh.state.logs}.") from error
     finally:
         clean = await mesh.drain()
     if not shown:
