@@ -12,6 +12,7 @@ import logging
 import os
 import signal
 import socket
+import subprocess
 import sys
 from collections.abc import Mapping
 from pathlib import Path
@@ -34,41 +35,31 @@ class EngineProcess:
 
     def __init__(
         self,
-        process: asyncio.subprocess.Process,
+        process: subprocess.Popen[bytes],
         reader: asyncio.StreamReader,
         writer: asyncio.StreamWriter,
+        output: asyncio.Task[None],
     ) -> None:
         self._process = process
         self._reader = reader
         self._writer = writer
-        self._logs = asyncio.create_task(self._forward_output(), name="engine-output")
+        self._output = output
 
     @classmethod
     async def spawn(cls, environment: Mapping[str, str]) -> EngineProcess:
         """Starts the child. Raises OSError."""
         ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_STREAM)
-        try:
-            process = await asyncio.create_subprocess_exec(
-                sys.executable,
-                "-m",
-                CHILD_MODULE,
-                str(theirs.fileno()),
-                str(os.getpid()),
-                cwd=ROOT,
-                env=dict(environment),
-                pass_fds=(theirs.fileno(),),
-                stdin=asyncio.subprocess.DEVNULL,
-                stdout=asyncio.subprocess.PIPE,
-                stderr=asyncio.subprocess.STDOUT,
-                start_new_session=True,
-            )
-        except BaseException:
-            ours.close()
-            raise
-        finally:
-            theirs.close()
+        output, their_output = socket.socketpair(socket.AF_UNIX, socket.SOCK_STREAM)
+        with theirs, their_output:
+            try:
+                process = _start(theirs, their_output, environment)
+            except BaseException:
+                ours.close()
+                output.close()
+                raise
         reader, writer = await asyncio.open_unix_connection(sock=ours)
-        return cls(process, reader, writer)
+        forward = asyncio.create_task(_forward(output), name="engine-output")
+        return cls(process, reader, writer, forward)
 
     @property
     def pid(self) -> int:
@@ -89,41 +80,56 @@ class EngineProcess:
         return frames.decode_report(body)
 
     def kill(self) -> None:
-        with contextlib.suppress(ProcessLookupError):
-            self._process.send_signal(signal.SIGKILL)
+        self._process.kill()
 
     async def close(self) -> str:
         """Ends the child and tells how it ended. The end of the socket asks it to; SIGKILL makes it."""
         self._writer.close()
         try:
-            async with asyncio.timeout(EXIT_GRACE_S):
-                status = await self._process.wait()
-        except TimeoutError:
+            status = await asyncio.to_thread(self._process.wait, EXIT_GRACE_S)
+        except subprocess.TimeoutExpired:
             self.kill()
-            status = await self._process.wait()
+            status = await asyncio.to_thread(self._process.wait)
         finally:
-            # A grandchild may hold the pipe; its output is not waited for.
             self.kill()
-            await asyncio.wait((self._logs,), timeout=EXIT_GRACE_S)
-            self._logs.cancel()
+            # A grandchild may hold the other end; its output is not waited for.
+            await asyncio.wait((self._output,), timeout=EXIT_GRACE_S)
+            self._output.cancel()
         return f"signal {signal.Signals(-status).name}" if status < 0 else f"exit status {status}"
 
-    async def _forward_output(self) -> None:
-        """What the child prints, line by line, into our log."""
-        stream = self._process.stdout
-        if stream is None:
-            return
-        rest = b""
-        while chunk := await stream.read(MAX_LOG_LINE_BYTES):
+
+def _start(
+    link: socket.socket, output: socket.socket, environment: Mapping[str, str]
+) -> subprocess.Popen[bytes]:
+    """By vfork, in milliseconds. asyncio's own way forks under uvloop, which runs gRPC's fork handlers."""
+    return subprocess.Popen(
+        [sys.executable, "-m", CHILD_MODULE, str(link.fileno()), str(os.getpid())],
+        cwd=ROOT,
+        env=dict(environment),
+        pass_fds=(link.fileno(),),
+        stdin=subprocess.DEVNULL,
+        stdout=output.fileno(),
+        stderr=output.fileno(),
+        start_new_session=True,
+    )
+
+
+async def _forward(output: socket.socket) -> None:
+    """What the child prints, line by line, into our log."""
+    reader, writer = await asyncio.open_unix_connection(sock=output)
+    rest = b""
+    with contextlib.closing(writer), contextlib.suppress(ConnectionError):
+        while chunk := await reader.read(MAX_LOG_LINE_BYTES):
             *lines, rest = (rest + chunk).split(b"\n")
             for line in lines:
-                self._log(line)
+                _log(line)
             if len(rest) > MAX_LOG_LINE_BYTES:
-                self._log(rest)
+                _log(rest)
                 rest = b""
-        self._log(rest)
+    _log(rest)
 
-    def _log(self, line: bytes) -> None:
-        if line.strip():
-            level = _LEVELS.get(line.split(b" ", 1)[0], logging.INFO)
-            child_logger.log(level, "%s", line.decode(errors="replace").rstrip())
+
+def _log(line: bytes) -> None:
+    if line.strip():
+        level = _LEVELS.get(line.split(b" ", 1)[0], logging.INFO)
+        child_logger.log(level, "%s", line.decode(errors="replace").rstrip())
