@@ -100,7 +100,7 @@ async def build(settings: GatewaySettings, clock: Clock) -> App:
     )
     publisher = KafkaPublisher(settings, audit_topic(settings))
     relay = Relay(spool, publisher, GrpcWatermarks(log), clock)
-    trail = AuditTrail(spool, clock)
+    trail = AuditTrail(spool, clock, running.is_cut)
 
     # Who comes in.
     jwks = JwksCache(GrpcJwks(anonymous), clock)
@@ -174,6 +174,7 @@ async def build(settings: GatewaySettings, clock: Clock) -> App:
         edge.app(),
         host=settings.http_listen_host,
         port=settings.http_port,
+        running=running,
         limits=HttpLimits(
             max_connections=settings.http_max_connections,
             max_head_bytes=settings.http_max_head_bytes,

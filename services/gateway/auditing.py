@@ -11,7 +11,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
-from collections.abc import AsyncIterator, Mapping
+from collections.abc import AsyncIterator, Callable, Mapping
 from contextlib import asynccontextmanager
 from contextvars import ContextVar
 from datetime import datetime
@@ -24,6 +24,7 @@ from services.mesh.context import Identity, RequestContext
 from services.mesh.errors import (
     Cancelled,
     DeadlineExceeded,
+    Draining,
     Internal,
     LlmosError,
     ReaderStalled,
@@ -163,9 +164,11 @@ def current_record() -> RequestRecord:
 class AuditTrail:
     """Makes the records. A component of the app, to be stopped before the spool is closed."""
 
-    def __init__(self, audit: AuditPort, clock: Clock) -> None:
+    def __init__(self, audit: AuditPort, clock: Clock, is_cut: Callable[[], bool] = lambda: False) -> None:
+        """`is_cut` says whether it is our own drain, and no caller, that cancels the present task."""
         self._audit = audit
         self._clock = clock
+        self._is_cut = is_cut
         self._writes: set[asyncio.Task[None]] = set()
 
     async def start(self) -> None:
@@ -213,6 +216,8 @@ class AuditTrail:
                 _current.reset(token)
 
     def _gone(self, record: RequestRecord) -> LlmosError:
+        if self._is_cut():
+            return Draining("The server shut down before the answer was complete.")
         if self._clock.monotonic() >= record.deadline_s - DEADLINE_SLACK_S:
             return DeadlineExceeded("The deadline passed before the answer was complete.")
         return Cancelled("The caller went away.")

@@ -39,7 +39,7 @@ class Exchange:
         self.scope = scope
         self.gone = False
         """The caller has left."""
-        self.headers = {name.decode("latin-1"): value.decode("latin-1") for name, value in scope["headers"]}
+        self.headers = _joined(scope["headers"])
         self._receive = receive
         self._send = send
         self._clock = clock
@@ -145,6 +145,15 @@ class Exchange:
                     self.gone = True
                     task.cancel()
                 return
+
+
+def _joined(pairs: Iterable[Header]) -> dict[str, str]:
+    """The values of a repeated header are joined, so that none of two credentials is silently preferred."""
+    found: dict[str, str] = {}
+    for raw_name, raw_value in pairs:
+        name, value = raw_name.decode("latin-1"), raw_value.decode("latin-1")
+        found[name] = f"{found[name]}, {value}" if name in found else value
+    return found
 
 
 def _too_large(max_bytes: int) -> MessageTooLarge:

@@ -22,6 +22,7 @@ from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol, RequestResp
 from uvicorn.server import ServerState
 
 from services.gateway import http_errors
+from services.mesh.running import RunningCalls
 from services.mesh.tls import TlsFiles
 
 logger = logging.getLogger(__name__)
@@ -172,10 +173,19 @@ class HttpServer:
     """The edge: `start`, later `drain`."""
 
     def __init__(
-        self, app: ASGIApp, *, host: str, port: int, limits: HttpLimits, tls: TlsFiles | None = None
+        self,
+        app: ASGIApp,
+        *,
+        host: str,
+        port: int,
+        running: RunningCalls,
+        limits: HttpLimits,
+        tls: TlsFiles | None = None,
     ) -> None:
+        """`running` has the calls that the application serves, so that a drain can cut them off by name."""
         self._host = host
         self._port = port
+        self._running = running
         self._limits = limits
         self._tls = tls
         self._state = ServerState()
@@ -230,6 +240,8 @@ class HttpServer:
         self._on_lost()
         with suppress(TimeoutError):
             await asyncio.wait_for(self._empty.wait(), grace_s)
+            return
+        await self._running.drain(0)
         tasks = set(self._state.tasks)
         for task in tasks:
             task.cancel()

@@ -50,6 +50,10 @@ class RunningCalls:
             if not self._tasks:
                 self._empty.set()
 
+    def is_cut(self) -> bool:
+        """Whether the present task is being cut off by the drain."""
+        return asyncio.current_task() in self._cut
+
     async def drain(self, grace_s: float, abort_s: float = 5.0) -> int:
         """Waits for all calls to end, at most `grace_s`; then cancels the rest and awaits their `finally`,
         at most `abort_s`. They end with Draining. Returns how many were cancelled.
@@ -61,9 +65,9 @@ class RunningCalls:
         else:
             return 0
         rest = set(self._tasks)
-        self._cut |= rest
-        for task in rest:
+        for task in rest - self._cut:
             task.cancel()
+        self._cut |= rest
         if rest:
             await asyncio.wait(rest, timeout=abort_s)
         return len(rest)

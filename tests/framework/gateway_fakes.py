@@ -35,6 +35,7 @@ from services.mesh.clock import Clock, SystemClock
 from services.mesh.context import Caller, Identity, RequestContext
 from services.mesh.errors import LlmosError, ReplicaLost
 from services.mesh.events import Edge, RequestEnded, RequestStarted
+from services.mesh.running import RunningCalls
 
 MODEL = Model(
     "echo-1", "rev-1", (Capability.GENERATE, Capability.CHAT), 4096, datetime(2030, 1, 1, tzinfo=UTC), True
@@ -199,7 +200,8 @@ class Bench:
             clock=self.clock,
             instruments=Instruments(self.clock),
         )
-        self.trail = AuditTrail(self.audit, self.clock)
+        self.running = RunningCalls(64)
+        self.trail = AuditTrail(self.audit, self.clock, lambda: self.running.is_cut())
         self._next_id = 0
 
     @asynccontextmanager

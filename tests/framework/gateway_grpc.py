@@ -14,7 +14,6 @@ from services.gateway.request import RequestParser
 from services.gateway.servicer import GenerationServicer, ModelServicer
 from services.gateway.settings import GatewaySettings
 from services.mesh.health import Health
-from services.mesh.running import RunningCalls
 from services.mesh.server import GrpcServer
 from tests.framework.gateway_fakes import Bench
 from tests.framework.gateway_http import KEY, chain_of
@@ -28,11 +27,11 @@ async def serving(bench: Bench, folder: Path, *, max_call_s: float = 30) -> Asyn
     settings = GatewaySettings(
         grpc_port=0, metrics_port=0, http_port=0, state_dir=folder, service_secret_file=folder / "secret"
     )
-    running = RunningCalls(64)
+    running = bench.running
     health = Health()
     server = GrpcServer(
         settings,
-        chain=chain_of(bench, running, max_call_s=max_call_s),
+        chain=chain_of(bench, max_call_s=max_call_s),
         running=running,
         health=health,
         validate=False,

@@ -41,11 +41,11 @@ async def authenticate(method: str, metadata: Mapping[str, str | bytes], source:
     raise CredentialInvalid("The API key was refused.")
 
 
-def chain_of(bench: Bench, running: RunningCalls, *, max_call_s: float = 30) -> Chain:
+def chain_of(bench: Bench, *, max_call_s: float = 30) -> Chain:
     """The gateway's chain, with the bench's audit."""
     chain = server_chain(
         clock=bench.clock,
-        running=running,
+        running=bench.running,
         authenticator=authenticate,
         max_call_s=max_call_s,
         adopt_request_id=False,
@@ -84,10 +84,10 @@ async def serving(
     max_call_s: float = 30,
     max_tokens_limit: int = 4096,
 ) -> AsyncIterator[HttpBench]:
-    running = RunningCalls(64)
+    running = bench.running
     health = Health()
     edge = HttpEdge(
-        chain=chain_of(bench, running, max_call_s=max_call_s),
+        chain=chain_of(bench, max_call_s=max_call_s),
         parser=RequestParser(max_tokens_limit=max_tokens_limit),
         completions=bench.completions,
         router=bench.router,
@@ -95,7 +95,7 @@ async def serving(
         clock=bench.clock,
         max_body_bytes=MAX_BODY_BYTES,
     )
-    server = HttpServer(edge.app(), host="127.0.0.1", port=0, limits=limits, tls=tls)
+    server = HttpServer(edge.app(), host="127.0.0.1", port=0, running=running, limits=limits, tls=tls)
     await server.start()
     try:
         yield HttpBench(bench, server, running, health)

@@ -133,6 +133,20 @@ async def test_every_method_is_listed_and_what_is_not_there_yet_says_so(tmp_path
         assert {method.name for method in service.methods} <= listed
 
 
+async def test_broken_bytes_are_refused_and_not_even_read_for_strangers(tmp_path: Path) -> None:
+    bench = Bench([FakeReplica()])
+    async with serving(bench, tmp_path) as channel:
+        for name in ("Generate", "StreamGenerate"):
+            call = channel.unary_stream(f"/llmos.gateway.v1.GenerationService/{name}")
+            with pytest.raises(grpc.aio.AioRpcError) as raised:
+                await call(b"\xff\xff", metadata=AUTH).read()
+            assert isinstance(status.from_rpc_error(raised.value), errors.RequestInvalid)
+            with pytest.raises(grpc.aio.AioRpcError) as anonymous:
+                await call(b"\xff\xff").read()
+            assert isinstance(status.from_rpc_error(anonymous.value), errors.CredentialMissing)
+    assert [event.error_reason for event in bench.audit.ended] == ["REQUEST_INVALID"] * 2
+
+
 async def test_r02_cancelled_streams_leave_nothing_running(tmp_path: Path) -> None:
     gate = Gate()
     bench = Bench([FakeReplica([STARTED, Delta(1, 0, "a", (1,)), gate])], max_concurrent=64)

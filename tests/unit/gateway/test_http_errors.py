@@ -134,6 +134,9 @@ async def test_credentials() -> None:
             await http.client("nobody-key").chat.completions.create(model="echo-1", messages=HELLO)
         async with httpx.AsyncClient() as client:
             missing = await client.get(f"{http.url}/v1/models")
+            header = ("authorization", f"Bearer {KEY}")
+            doubled = await client.get(f"{http.url}/v1/models", headers=[header, header])
+            assert doubled.status_code == 401
     assert wrong.value.response.headers["www-authenticate"] == "Bearer"
     assert wrong.value.code == missing.json()["error"]["code"] == "invalid_api_key"
     assert missing.status_code == 401

@@ -301,3 +301,4 @@ async def test_a_drain_lets_streams_finish_and_cuts_off_the_rest() -> None:
         with pytest.raises(openai.APIError) as raised:
             _ = [chunk async for chunk in stream]
     assert raised.value.code == "draining"
+    assert (bench.audit.ended[0].outcome, bench.audit.ended[0].error_reason) == (Outcome.FAILED, "DRAINING")
