@@ -28,6 +28,7 @@ _tracer = trace.get_tracer("llmos.audit")
 MAX_BATCH = 1000
 POLL_S = 1.0
 CHECK_EVERY_S = 2.0
+MAX_GOAL_AGE_S = 20.0
 MAX_LINKS = 64
 FIRST_BACKOFF_S, MAX_BACKOFF_S = 0.2, 5.0
 
@@ -55,6 +56,8 @@ class AuditConsumer:
         self._stalled_after_s = stalled_after_s
         self._on_health = on_health
         self._progress_s = 0.0
+        self._offsets: dict[int, int] = {}
+        """By partition, as in the store."""
         self._goal: tuple[float, dict[int, int]] | None = None
         """A moment, and what Kafka had then: once that is read, who was silent up to then was silent."""
         self._checked_s = float("-inf")
@@ -76,12 +79,15 @@ class AuditConsumer:
     async def open(self) -> None:
         """Begins to read where the store is. Raises DependencyUnavailable."""
         self._goal = None
-        await self._source.open(await self._store.offsets(self._topic))
+        self._offsets = await self._store.offsets(self._topic)
+        await self._source.open(self._offsets)
+        await self._note_rewind()
 
     async def step(self, max_records: int = MAX_BATCH, timeout_s: float = POLL_S) -> int:
         """Stores the next records; returns how many. Raises DependencyUnavailable."""
         records = await self._source.poll(max_records, timeout_s)
         if not records:
+            await self._note_rewind()
             return 0
         with _tracer.start_as_current_span(
             f"process {self._topic}",
@@ -97,6 +103,7 @@ class AuditConsumer:
         ):
             events, dead, offsets = self._read(records)
             await self._log.take(self._topic, events, dead, offsets)
+        self._offsets.update(offsets)
         self._progress_s = self._clock.monotonic()
         await self._source.commit(offsets)
         await self._reach_goal()
@@ -111,10 +118,20 @@ class AuditConsumer:
         ends = await self._source.ends()
         if self._reads_up_to(ends):
             self._progress_s = max(self._progress_s, now_s)
-        if self._goal is None:
+        if self._goal is None or now_s - self._goal[0] > MAX_GOAL_AGE_S:
             self._goal = now_s, ends
         await self._reach_goal()
         return now_s - self._progress_s < self._stalled_after_s
+
+    async def _note_rewind(self) -> None:
+        """Kafka lost its data: where it is read from now, the next life has to begin as well, since the old
+        offsets may soon exist again."""
+        positions = self._source.positions()
+        rewound = {p: at for p, at in positions.items() if at < self._offsets.get(p, 0)}
+        if rewound:
+            logger.warning("the audit topic lost its data; reading it from its beginning: %s", rewound)
+            await self._log.take(self._topic, [], [], rewound)
+            self._offsets.update(rewound)
 
     def _reads_up_to(self, ends: dict[int, int]) -> bool:
         positions = self._source.positions()

@@ -308,7 +308,7 @@ class ModelWorld:
 
     async def check(self) -> None:
         offsets = self._store.offsets
-        if all(offsets.get(p, 0) == len(log) for p, log in enumerate(self._logs)):
+        if all(offsets.get(p, 0) >= len(log) for p, log in enumerate(self._logs)):
             self._watch.read_all(self._now_s)
         with_open = sorted({producer for producer, _ in self._store.open_intents().values()})
         for producer in self._watch.silent(with_open):
