@@ -67,6 +67,7 @@ class Mesh:
             settings=settings,
         )
         self.services: dict[str, Process] = {}
+        self._started_s: dict[str, float] = {}
 
     async def start(self) -> None:
         """Returns when all are ready.
@@ -86,6 +87,7 @@ class Mesh:
         if self._broker is not None:
             await asyncio.to_thread(self._broker.prepare)
             self._broker.start()
+            self._started_s["kafka"] = time.monotonic()
             self._record()
         for service in ("auth", "inference"):  # inference takes longest
             self._start(service)
@@ -96,9 +98,9 @@ class Mesh:
                 f" with other keys: rm -r {self.state.of('auth')}"
             )
         if self._broker is not None:
-            began_s = time.monotonic()
             await self._broker.wait_ready()
-            self._say(f"kafka      ready after {time.monotonic() - began_s:.0f} s more")
+            waited_s = time.monotonic() - self._started_s["kafka"]
+            self._say(f"kafka      ready after {waited_s:.0f} s on {self._broker.bootstrap}")
         for service in ("logging", "gateway"):
             self._start(service)
         try:
@@ -159,11 +161,12 @@ class Mesh:
             on_line=self._on_line,
         )
         self.services[service] = process
+        self._started_s[service] = time.monotonic()
         process.start()
         self._record()
 
     async def _ready(self, service: str) -> None:
-        began_s = time.monotonic()
+        began_s = self._started_s[service]
         waiting = asyncio.ensure_future(
             readiness.wait_ready(
                 self.services[service], self.plan.target(service), self.certs, READY_TIMEOUT_S[service]

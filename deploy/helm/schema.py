@@ -97,6 +97,18 @@ PROPERTIES = {
                 maxLength=2048,
             ),
             "topicPrefix": text("The first part of all topics' names.", pattern="^[a-zA-Z0-9._-]{1,64}$"),
+            "securityProtocol": text(
+                "How the brokers are spoken to.", enum=["PLAINTEXT", "SSL", "SASL_PLAINTEXT", "SASL_SSL"]
+            ),
+            "saslMechanism": text(
+                "How the password is proved.", enum=["PLAIN", "SCRAM-SHA-256", "SCRAM-SHA-512"]
+            ),
+            "saslUsername": text("The user; empty without SASL.", maxLength=256),
+            "existingSecret": secret("An existing Secret; empty where nothing of it is needed."),
+            "privateAuthority": flag("Whether ca.crt of the Secret signed the brokers' certificates."),
+            "clientCertificate": flag("Whether tls.crt and tls.key of the Secret are presented."),
+            "partitions": whole("Of topics that are created.", 1, 1024),
+            "replication": whole("Of topics that are created.", 1, 16),
         },
     ),
     "serviceSecrets": table(

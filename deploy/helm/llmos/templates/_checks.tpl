@@ -4,6 +4,23 @@
 {{- if not .Values.kafka.bootstrapServers -}}
 {{- fail "kafka.bootstrapServers is required: the host:port of your Kafka, which this chart does not install." -}}
 {{- end -}}
+{{- with .Values.kafka -}}
+{{- $sasl := hasPrefix "SASL" .securityProtocol -}}
+{{- if and $sasl (not (and .saslUsername .existingSecret)) -}}
+{{- fail (printf "kafka.securityProtocol %s needs kafka.saslUsername, and kafka.existingSecret with the key password." .securityProtocol) -}}
+{{- end -}}
+{{- if and .saslUsername (not $sasl) -}}
+{{- fail (printf "kafka.saslUsername is of no use with kafka.securityProtocol %s." .securityProtocol) -}}
+{{- end -}}
+{{- if or .privateAuthority .clientCertificate -}}
+{{- if not (hasSuffix "SSL" .securityProtocol) -}}
+{{- fail (printf "kafka.privateAuthority and kafka.clientCertificate are of no use with kafka.securityProtocol %s." .securityProtocol) -}}
+{{- end -}}
+{{- if not .existingSecret -}}
+{{- fail "kafka.privateAuthority and kafka.clientCertificate need kafka.existingSecret, which has the files." -}}
+{{- end -}}
+{{- end -}}
+{{- end -}}
 {{- if and (not .Values.tls.enabled) (not .Values.tls.allowPlaintext) -}}
 {{- fail "tls.enabled is false: set tls.allowPlaintext to true as well if the network itself encrypts, as a service mesh does." -}}
 {{- end -}}
@@ -25,5 +42,5 @@
 
 {{/* The settings that the chart makes, for any service. */}}
 {{- define "llmos.madeSettings" -}}
-allow_plaintext,auth_target,drain_delay_s,drain_grace_s,grpc_port,http_port,inference_targets,instance,issuer,kafka_bootstrap_servers,kafka_topic_prefix,key_encryption_key_file,listen_host,load_timeout_s,log_format,log_level,logging_target,metrics_port,models_dir,otlp_endpoint,probe_port,service_secret_file,service_secrets_dir,state_dir,tls_ca_file,tls_cert_file,tls_key_file,trace_sample_ratio
+allow_plaintext,auth_target,drain_delay_s,drain_grace_s,grpc_port,http_port,inference_targets,instance,issuer,kafka_bootstrap_servers,kafka_ca_file,kafka_cert_file,kafka_key_file,kafka_partitions,kafka_replication,kafka_sasl_mechanism,kafka_sasl_password_file,kafka_sasl_username,kafka_security_protocol,kafka_topic_prefix,key_encryption_key_file,listen_host,load_timeout_s,log_format,log_level,logging_target,metrics_port,models_dir,otlp_endpoint,probe_port,service_secret_file,service_secrets_dir,state_dir,tls_ca_file,tls_cert_file,tls_key_file,trace_sample_ratio
 {{- end -}}
