@@ -198,6 +198,8 @@ async def pods(
     values: dict[str, Any] = value_set(request.param)
     # The deterministic backend: what a model answers is the matter of other tests.
     values.setdefault("inference", {}).setdefault("settings", {})["backend"] = "echo"
+    # The broker of the tests, which has neither TLS nor passwords.
+    values["kafka"] = {"bootstrapServers": values["kafka"]["bootstrapServers"]}
     cluster = Cluster(tmp_path, render(values), broker.bootstrap, reservations)
     pods = {service: Pod(service, cluster) for service in SERVICES}
     try:

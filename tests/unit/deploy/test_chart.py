@@ -78,6 +78,13 @@ def test_the_schema_is_strict_and_current() -> None:
     ("wrong", "sentence"),
     [
         ({"kafka__bootstrapServers": ""}, "kafka.bootstrapServers is required"),
+        ({"kafka__securityProtocol": "SASL_SSL"}, "needs kafka.saslUsername"),
+        ({"kafka__saslUsername": "llmos"}, "of no use with kafka.securityProtocol PLAINTEXT"),
+        ({"kafka__privateAuthority": True}, "of no use with kafka.securityProtocol PLAINTEXT"),
+        (
+            {"kafka__securityProtocol": "SSL", "kafka__clientCertificate": True},
+            "need kafka.existingSecret",
+        ),
         ({"tls__allowPlaintext": False}, "set tls.allowPlaintext to true as well"),
         ({"tls__enabled": True}, "exclude each other"),
         ({"gateway__settings": {"grpc_port": 1}}, "gateway.settings.grpc_port is made by the chart"),
