@@ -33,7 +33,7 @@ TIMEOUTS = Timeouts(
     step_timeout_s=30,
     ping_interval_s=0.2,
     ping_timeout_s=2,
-    ping_kill_s=3,
+    ping_kill_s=5,
 )
 
 

@@ -31,6 +31,7 @@ def load(configure: Configure, progress: Callable[[str], None]) -> LoadedModel:
     progress(f"loading {folder.id}, revision {folder.revision}, as {configure.dtype}")
     tokenizer = PromptTokenizer.load(folder.path)
     step = TransformersStep.load(folder.path, dtype=configure.dtype)
+    step.warm_up()
     capabilities = [Capability.GENERATE] + [Capability.CHAT] * tokenizer.has_chat_template
     info = ModelInfo(
         id=folder.id,

@@ -101,6 +101,17 @@ class TransformersStep:
         )
         return cls(model)
 
+    def warm_up(self) -> None:
+        """Computes one row: what is built on first use is built, and a model that cannot run is found out.
+
+        Raises what the model raises.
+        """
+        slot = self.open_slot()
+        (result,) = self.run([StepRow(slot, (0, 0), 0, wants_logits=True)])
+        self.close_slot(slot)
+        if isinstance(result, StepFault):
+            raise result.cause
+
     def open_slot(self) -> int:
         from transformers import DynamicCache
 
