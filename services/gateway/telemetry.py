@@ -75,10 +75,17 @@ class Measured:
 class Instruments:
     """Makes the span of a generation, and records it in the metrics."""
 
-    def __init__(self, clock: Clock) -> None:
+    def __init__(
+        self,
+        clock: Clock,
+        *,
+        tracers: trace.TracerProvider | None = None,
+        meters: metrics.MeterProvider | None = None,
+    ) -> None:
+        """Without providers, those of the process."""
         self._clock = clock
-        self._tracer = trace.get_tracer("llmos.gateway")
-        meter = metrics.get_meter("llmos.gateway")
+        self._tracer = trace.get_tracer("llmos.gateway", tracer_provider=tracers)
+        meter = metrics.get_meter("llmos.gateway", meter_provider=meters)
         self._duration = meter.create_histogram(
             "gen_ai.client.operation.duration",
             unit="s",

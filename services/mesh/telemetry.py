@@ -18,7 +18,6 @@ from opentelemetry.exporter.otlp.proto.grpc.trace_exporter import OTLPSpanExport
 from opentelemetry.exporter.prometheus import PrometheusMetricReader
 from opentelemetry.sdk.metrics import MeterProvider
 from opentelemetry.sdk.metrics.export import MetricReader, PeriodicExportingMetricReader
-from opentelemetry.sdk.metrics.view import ExplicitBucketHistogramAggregation, View
 from opentelemetry.sdk.resources import Resource
 from opentelemetry.sdk.trace import TracerProvider
 from opentelemetry.sdk.trace.export import BatchSpanProcessor
@@ -40,7 +39,10 @@ _meter = metrics.get_meter("llmos")
 _SECONDS = (0.005, 0.01, 0.025, 0.05, 0.075, 0.1, 0.25, 0.5, 0.75, 1, 2.5, 5, 7.5, 10, 30, 60, 300)
 
 call_duration = _meter.create_histogram(
-    "rpc.server.duration", unit="s", description="Duration of calls, with their status."
+    "rpc.server.duration",
+    unit="s",
+    description="Duration of calls, with their status.",
+    explicit_bucket_boundaries_advisory=_SECONDS,
 )
 calls_running = _meter.create_up_down_counter("llmos.calls.running", description="Calls being served.")
 
@@ -80,8 +82,7 @@ class Telemetry:
                     OTLPMetricExporter(endpoint=endpoint, insecure=insecure, timeout=5)
                 )
             )
-        view = View(instrument_name="*.duration", aggregation=ExplicitBucketHistogramAggregation(_SECONDS))
-        self._meters = MeterProvider(resource=resource, metric_readers=readers, views=[view])
+        self._meters = MeterProvider(resource=resource, metric_readers=readers)
         trace.set_tracer_provider(self._tracers)
         metrics.set_meter_provider(self._meters)
         self.ports: dict[str, int] = {}

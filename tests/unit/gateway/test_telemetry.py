@@ -1,0 +1,96 @@
+"""Spans and metrics of a generation: the names of the conventions, and no text of a caller's."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+from opentelemetry.sdk.metrics import MeterProvider
+from opentelemetry.sdk.metrics.export import InMemoryMetricReader
+from opentelemetry.sdk.trace import TracerProvider
+from opentelemetry.sdk.trace.export import SimpleSpanProcessor
+from opentelemetry.sdk.trace.export.in_memory_span_exporter import InMemorySpanExporter
+from opentelemetry.trace import SpanKind
+
+from services.gateway.completion import Completions
+from services.gateway.generation import Message, Prompt, Role
+from services.gateway.telemetry import Instruments
+from services.mesh import errors
+from tests.framework.gateway_fakes import Bench, FakeReplica, generation
+
+CANARY = "canary-text"
+
+
+class Observed:
+    """A bench whose spans and metrics are kept in memory."""
+
+    def __init__(self, replica: FakeReplica) -> None:
+        self.bench = Bench([replica])
+        self.spans = InMemorySpanExporter()
+        self.reader = InMemoryMetricReader()
+        tracers = TracerProvider()
+        tracers.add_span_processor(SimpleSpanProcessor(self.spans))
+        meters = MeterProvider(metric_readers=[self.reader])
+        self.bench.completions = Completions(
+            admission=self.bench.admission,
+            router=self.bench.router,
+            clock=self.bench.clock,
+            instruments=Instruments(self.bench.clock, tracers=tracers, meters=meters),
+        )
+
+    async def generate(self, **changes: object) -> None:
+        async with self.bench.call() as record:
+            await self.bench.completions.generate(record, generation(**changes))
+
+    def points(self) -> dict[str, list[Any]]:
+        data = self.reader.get_metrics_data()
+        assert data is not None
+        scope = data.resource_metrics[0].scope_metrics[0]
+        return {metric.name: list(metric.data.data_points) for metric in scope.metrics}
+
+
+async def test_the_span_and_the_metrics_of_an_answer() -> None:
+    observed = Observed(FakeReplica())
+    prompt = Prompt(messages=(Message(Role.USER, (CANARY,)),))
+    await observed.generate(
+        prompt=prompt, stop=(CANARY,), max_tokens=9, end_user=CANARY, labels={"k": CANARY}
+    )
+    (span,) = observed.spans.get_finished_spans()
+    assert (span.name, span.kind) == ("chat echo-1", SpanKind.CLIENT)
+    attributes = dict(span.attributes or {})
+    assert attributes["gen_ai.operation.name"] == "chat"
+    assert attributes["gen_ai.request.model"] == attributes["gen_ai.response.model"] == "echo-1"
+    assert attributes["gen_ai.request.max_tokens"] == 9
+    assert attributes["gen_ai.request.seed"] == 42
+    assert attributes["gen_ai.usage.input_tokens"] == 7
+    assert attributes["gen_ai.usage.output_tokens"] == 2
+    assert attributes["gen_ai.usage.cache_read.input_tokens"] == 3
+    assert attributes["gen_ai.response.finish_reasons"] == ("stop",)
+    assert attributes["gen_ai.response.id"] == "req_1"
+    assert CANARY not in span.to_json()
+
+    points = observed.points()
+    assert set(points) == {
+        "gen_ai.client.operation.duration",
+        "gen_ai.server.request.duration",
+        "gen_ai.client.token.usage",
+        "gen_ai.server.time_to_first_token",
+        "gen_ai.server.time_per_output_token",
+    }
+    tokens = {
+        point.attributes["gen_ai.token.type"]: point.sum for point in points["gen_ai.client.token.usage"]
+    }
+    assert tokens == {"input": 7, "output": 2}
+    assert points["gen_ai.client.operation.duration"][0].explicit_bounds[:3] == (0.01, 0.02, 0.04)
+    assert points["gen_ai.client.token.usage"][0].explicit_bounds[-1] == 67_108_864
+
+
+async def test_a_fault_is_named_and_an_unknown_model_is_no_time_series() -> None:
+    observed = Observed(FakeReplica())
+    with pytest.raises(errors.ModelNotFound):
+        await observed.generate(model=CANARY)
+    (span,) = observed.spans.get_finished_spans()
+    assert dict(span.attributes or {})["error.type"] == "MODEL_NOT_FOUND"
+    (point,) = observed.points()["gen_ai.client.operation.duration"]
+    assert point.attributes["error.type"] == "MODEL_NOT_FOUND"
+    assert "gen_ai.request.model" not in point.attributes
