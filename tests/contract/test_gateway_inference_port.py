@@ -1,0 +1,184 @@
+"""The gateway's `InferencePort`: the fake that its tests use, and gRPC to a real inference service."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator
+from contextlib import aclosing, asynccontextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+from llmos.inference.v1 import fleet_service_pb2_grpc, inference_service_pb2_grpc
+
+from services.gateway.clients import GrpcInference
+from services.gateway.generation import (
+    Delta,
+    EngineStarted,
+    Finished,
+    FinishReason,
+    Prompt,
+    TokenCount,
+    Usage,
+    ValidPrompt,
+)
+from services.gateway.ports import InferencePort
+from services.inference.backends.echo import EchoConfig, EchoEngine
+from services.inference.servicer import FleetServicer, InferenceServicer
+from services.inference.settings import InferenceSettings
+from services.mesh import errors
+from services.mesh.channel import Channel
+from services.mesh.clock import SystemClock
+from services.mesh.context import Caller
+from services.mesh.health import Health
+from services.mesh.interceptors import server_chain
+from services.mesh.running import RunningCalls
+from services.mesh.server import GrpcServer
+from tests.framework.gateway_fakes import FakeReplica, Gate, generation
+from tests.framework.waiting import eventually
+
+TIMEOUT_S = 5
+
+
+@dataclass
+class Subject:
+    """An implementation, and what a test does to it."""
+
+    port: InferencePort
+    model: str
+    lose: object
+    running: object
+
+
+@asynccontextmanager
+async def fake(folder: Path, kind: str) -> AsyncIterator[Subject]:
+    started = EngineStarted("rev-1", 7, "replica-0")
+    end = Finished((FinishReason.STOP,), Usage(7, 2))
+    gate = Gate()
+    replica = {
+        "whole": FakeReplica([started, Delta(1, 0, "a", (1,)), Delta(2, 0, "b", (2,)), end]),
+        "hang": FakeReplica([started, Delta(1, 0, "a", (1,)), gate, errors.ReplicaLost("gone")]),
+        "refuse": FakeReplica([errors.ModelNotFound("none")]),
+    }[kind]
+
+    async def lose() -> None:
+        replica.healthy = False
+        gate.open.set()
+
+    yield Subject(replica, "echo-1", lose, lambda: replica.running)
+
+
+@asynccontextmanager
+async def over_grpc(folder: Path, kind: str) -> AsyncIterator[Subject]:
+    clock = SystemClock()
+    settings = InferenceSettings(grpc_port=0, metrics_port=0, state_dir=folder)
+    running = RunningCalls(16)
+    health = Health()
+
+    async def anybody(method: str, metadata: object, source: str) -> Caller:
+        return Caller()
+
+    chain = server_chain(
+        clock=clock, running=running, authenticator=anybody, max_call_s=30, adopt_request_id=True
+    )
+    engine = EchoEngine(EchoConfig(directives=True), clock)
+    await engine.start()
+    server = GrpcServer(settings, chain=chain, running=running, health=health)
+    await server.add(
+        inference_service_pb2_grpc.add_InferenceServiceServicer_to_server,
+        InferenceServicer(engine, clock, replica="replica-0"),
+        "llmos.inference.v1.InferenceService",
+    )
+    await server.add(
+        fleet_service_pb2_grpc.add_FleetServiceServicer_to_server,
+        FleetServicer(engine),
+        "llmos.inference.v1.FleetService",
+    )
+    await server.start()
+    await health.started()
+    channel = Channel(f"127.0.0.1:{server.ports['grpc']}", clock=clock)
+    stopped = False
+
+    async def lose() -> None:
+        nonlocal stopped
+        stopped = True
+        await server.drain(0)
+
+    model = engine.models()[0].id
+    try:
+        yield Subject(
+            GrpcInference(channel), "none" if kind == "refuse" else model, lose, lambda: len(running)
+        )
+    finally:
+        await channel.close()
+        if not stopped:
+            await server.drain(0)
+        await engine.stop()
+
+
+PROMPTS = {"whole": "a b", "hang": "[[hang_after=1]] a b c", "refuse": "a"}
+each = pytest.mark.parametrize("make", [fake, over_grpc], ids=["fake", "grpc"])
+
+
+@each
+async def test_an_answer_has_its_order(make: object, tmp_path: Path) -> None:
+    async with make(tmp_path, "whole") as subject:  # type: ignore[operator]
+        request = generation(model=subject.model, prompt=Prompt(text=PROMPTS["whole"]))
+        events = [event async for event in subject.port.generate("req_1", request)]
+        assert isinstance(events[0], EngineStarted)
+        assert events[0].replica == "replica-0"
+        assert isinstance(events[-1], Finished)
+        deltas = [event for event in events if isinstance(event, Delta)]
+        assert [delta.seq for delta in deltas] == list(range(1, len(deltas) + 1))
+        assert sum(len(delta.token_ids) for delta in deltas) <= events[-1].usage.completion_tokens
+        assert len(events[-1].finish_reasons) == 1
+
+
+@each
+async def test_closing_ends_the_work(make: object, tmp_path: Path) -> None:
+    async with make(tmp_path, "hang") as subject:  # type: ignore[operator]
+        request = generation(model=subject.model, prompt=Prompt(text=PROMPTS["hang"]))
+        async with aclosing(subject.port.generate("req_1", request)) as events:
+            async for event in events:
+                if isinstance(event, Delta):
+                    break
+            assert subject.running() == 1
+        await eventually(lambda: subject.running() == 0, timeout_s=TIMEOUT_S)
+
+
+@each
+async def test_a_replica_that_goes_away_is_lost(make: object, tmp_path: Path) -> None:
+    async with make(tmp_path, "hang") as subject:  # type: ignore[operator]
+        assert await subject.port.is_healthy()
+        request = generation(model=subject.model, prompt=Prompt(text=PROMPTS["hang"]))
+        events = subject.port.generate("req_1", request)
+        while not isinstance(await anext(events), Delta):
+            pass
+        losing = asyncio.create_task(subject.lose())
+        with pytest.raises(errors.LlmosError) as lost:
+            await anext(events)
+        # It said why, or it did not.
+        assert isinstance(lost.value, errors.ReplicaLost | errors.Draining)
+        await losing
+        assert not await subject.port.is_healthy()
+        with pytest.raises(errors.ReplicaLost):
+            await subject.port.list_models()
+
+
+@each
+async def test_a_refusal_keeps_its_class(make: object, tmp_path: Path) -> None:
+    async with make(tmp_path, "refuse") as subject:  # type: ignore[operator]
+        request = generation(model=subject.model, prompt=Prompt(text=PROMPTS["refuse"]))
+        with pytest.raises(errors.ModelNotFound):
+            _ = [event async for event in subject.port.generate("req_1", request)]
+
+
+@each
+async def test_models_and_counts(make: object, tmp_path: Path) -> None:
+    async with make(tmp_path, "whole") as subject:  # type: ignore[operator]
+        (model,) = await subject.port.list_models()
+        assert model.id == subject.model
+        assert model.ready
+        count = await subject.port.count_tokens(ValidPrompt(subject.model, Prompt(text="a b")))
+        assert isinstance(count, TokenCount)
+        assert 0 < count.prompt_tokens <= count.context_tokens
