@@ -13,7 +13,7 @@ from tests.framework.audit_model import ModelWorld
 from tests.framework.audit_real_world import RealWorld
 from tests.framework.audit_trace import Director
 
-RUNS = 12
+RUNS = 5
 
 
 @pytest.mark.parametrize("run", range(RUNS))

@@ -11,7 +11,7 @@ from tests.framework import audit_model
 from tests.framework.audit_model import ModelWorld, Spool
 from tests.framework.audit_trace import play
 
-RUNS = 1000
+RUNS = 500
 
 
 def seeds(count: int) -> range:
@@ -25,16 +25,16 @@ async def test_r27_each_request_has_exactly_one_outcome_after_healing() -> None:
 
 
 async def test_r27_long_lives() -> None:
-    assert await play(ModelWorld, seeds(100), steps=600) == 100
+    assert await play(ModelWorld, seeds(40), steps=600) == 40
 
 
 async def test_r27_a_wiped_store_ends_without_open_requests_and_is_right_from_then_on() -> None:
-    assert await play(ModelWorld, seeds(300), with_store_wipes=True, steps=120) == 300
+    assert await play(ModelWorld, seeds(200), with_store_wipes=True, steps=120) == 200
 
 
 async def test_r27_power_loss_takes_the_last_commits_and_leaves_nothing_open() -> None:
-    runs = await play(lambda: ModelWorld(keeps_history=True), seeds(300), with_power_loss=True, steps=120)
-    assert runs == 300
+    runs = await play(lambda: ModelWorld(keeps_history=True), seeds(200), with_power_loss=True, steps=120)
+    assert runs == 200
 
 
 async def test_r27_seeds_that_once_mattered() -> None:
