@@ -12,6 +12,7 @@ import queue
 import sqlite3
 import threading
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 from services.mesh.audit_protocol import Place
@@ -105,13 +106,10 @@ class SpoolWriter:
             self._file.close()
             failure = error
             self._tell_recovered(results)
-            results.extend(lambda done=done: done(None, failure) for _, done in group)
+            results.extend(partial(done, None, failure) for _, done in group)
             return
         self._tell_recovered(results)
-        results.extend(
-            lambda done=done, place=place: done(place, None)
-            for (_, done), place in zip(group, places, strict=True)
-        )
+        results.extend(partial(done, place, None) for (_, done), place in zip(group, places, strict=True))
 
     def _tell_recovered(self, results: list[Callable[[], None]]) -> None:
         holding = self._file.take_recovered()
