@@ -10,6 +10,7 @@ import signal
 import sys
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +22,7 @@ from deploy.dev.broker import Broker
 from deploy.dev.environment import ROOT
 from tests.conftest import MeshFactory
 from tests.framework.mesh import MeshHarness
+from tests.framework.ports import PortReservations
 from tests.framework.waiting import eventually
 
 TIMEOUT_S = 30.0
@@ -40,6 +42,16 @@ def options(mesh: MeshHarness) -> sdk.ClientOptions:
 async def connected(mesh: MeshHarness) -> AsyncIterator[AsyncClient]:
     async with AsyncClient(mesh.target(), **options(mesh)) as client:
         yield client
+
+
+@pytest.fixture(scope="module")
+async def shared(
+    tmp_path_factory: pytest.TempPathFactory, broker: Broker, reservations: PortReservations
+) -> AsyncIterator[MeshHarness]:
+    """One mesh for the tests that do it no harm."""
+    async with MeshHarness(tmp_path_factory.mktemp("mesh"), broker, reservations) as mesh:
+        await start(mesh)
+        yield mesh
 
 
 async def start(mesh: MeshHarness, *names: str) -> None:
@@ -64,9 +76,8 @@ async def outcome_of(client: AsyncClient, request_id: str) -> AuditRecord:
     raise AssertionError("the tail ended")
 
 
-async def test_every_operation_and_the_audit_record_of_a_stream(mesh: MeshHarness) -> None:
-    await start(mesh)
-    async with connected(mesh) as client:
+async def test_every_operation_and_the_audit_record_of_a_stream(shared: MeshHarness) -> None:
+    async with connected(shared) as client:
         (model,) = await client.models()
         assert (model.id, model.ready) == ("echo", True)
 
@@ -94,7 +105,7 @@ async def test_every_operation_and_the_audit_record_of_a_stream(mesh: MeshHarnes
         assert found.trace_id == completion.trace_id
 
     def in_a_thread() -> tuple[str, str]:
-        with Client(mesh.target(), **options(mesh)) as client:
+        with Client(shared.target(), **options(shared)) as client:
             with client.stream("four five") as stream:
                 text = "".join(delta.text for delta in stream)
             return text, client.generate("six").text
@@ -102,19 +113,18 @@ async def test_every_operation_and_the_audit_record_of_a_stream(mesh: MeshHarnes
     assert await asyncio.to_thread(in_a_thread) == ("four five", "six")
 
 
-async def test_refusals_have_their_class(mesh: MeshHarness) -> None:
-    await start(mesh, "auth", "inference", "gateway")
-    async with AsyncClient(mesh.target(), model="echo") as anonymous:
+async def test_refusals_have_their_class(shared: MeshHarness) -> None:
+    async with AsyncClient(shared.target(), model="echo") as anonymous:
         with pytest.raises(sdk.AuthenticationError) as missing:
             await anonymous.models()
         assert missing.value.reason == "CREDENTIAL_MISSING"
         assert missing.value.request_id
         assert missing.value.hint
-    async with AsyncClient(mesh.target(), model="echo", api_key="llmos_wrong") as stranger:
+    async with AsyncClient(shared.target(), model="echo", api_key="llmos_wrong") as stranger:
         with pytest.raises(sdk.AuthenticationError) as invalid:
             await stranger.generate("q")
         assert invalid.value.reason == "CREDENTIAL_INVALID"
-    async with connected(mesh) as client:
+    async with connected(shared) as client:
         with pytest.raises(sdk.NotFound) as unknown:
             await client.generate("q", model="no-such-model")
         assert unknown.value.reason == "MODEL_NOT_FOUND"
@@ -125,16 +135,15 @@ async def test_refusals_have_their_class(mesh: MeshHarness) -> None:
             await client.stream("q", resumable=True).result()
 
 
-async def test_a_cancelled_stream_ends_as_cancelled(mesh: MeshHarness) -> None:
-    await start(mesh)
-    async with connected(mesh) as client:
+async def test_a_cancelled_stream_ends_as_cancelled(shared: MeshHarness) -> None:
+    async with connected(shared) as client:
         async with client.stream("[[hang_after=1]] one two") as stream:
             async for _ in stream:
                 break
         assert (await outcome_of(client, stream.request_id)).outcome is Outcome.CANCELLED
 
 
-async def test_calls_and_a_tail_ride_out_a_restart_of_the_gateway(mesh: MeshHarness) -> None:
+async def test_calls_and_a_tail_ride_out_the_loss_of_the_gateway(mesh: MeshHarness) -> None:
     await start(mesh)
     async with connected(mesh) as client, asyncio.timeout(2 * TIMEOUT_S):
         first = await client.generate("one")
@@ -148,6 +157,7 @@ async def test_calls_and_a_tail_ride_out_a_restart_of_the_gateway(mesh: MeshHarn
                 if record.outcome is not None:
                     seen.add(record.request_id)
                 if first.request_id in seen and not second:
+                    mesh.kill("gateway")
                     await mesh.restart("gateway")
                     second = (await client.generate("two")).request_id
                 if second in seen:
@@ -169,16 +179,15 @@ async def test_over_mtls(make_mesh: MeshFactory, broker: Broker) -> None:
     assert (done.code, done.stdout) == (0, "one two\n")
 
 
-async def test_the_examples_of_the_guide_run(mesh: MeshHarness) -> None:
-    await start(mesh, "auth", "inference", "gateway")
+async def test_the_examples_of_the_guide_run(shared: MeshHarness) -> None:
     blocks = re.findall(
         r"^```python\n(.*?)^```", (ROOT / "docs" / "client.md").read_text(), re.MULTILINE | re.DOTALL
     )
     assert len(blocks) == 3
     for block in blocks:
-        program = block.replace("127.0.0.1:50050", mesh.target()).replace("smollm2-135m-instruct", "echo")
-        program = program.replace(".state/auth/admin-key", str(mesh.state.admin_key))
-        done = await finished(await begin(mesh, "-c", program))
+        program = block.replace("127.0.0.1:50050", shared.target()).replace("smollm2-135m-instruct", "echo")
+        program = program.replace(".state/auth/admin-key", str(shared.state.admin_key))
+        done = await finished(await begin(shared, "-c", program))
         assert (done.code, done.stderr) == (0, ""), block
         assert done.stdout
 
@@ -220,39 +229,38 @@ async def llmos(mesh: MeshHarness, *arguments: str, **changes: str) -> Done:
     return await finished(await begin(mesh, *COMMAND, *arguments, **changes))
 
 
-async def test_the_command_from_a_question_to_its_audit_record(mesh: MeshHarness) -> None:
-    await start(mesh)
-    listed = await llmos(mesh, "models")
+async def test_the_command_from_a_question_to_its_audit_record(shared: MeshHarness) -> None:
+    listed = await llmos(shared, "models")
     assert listed.stdout.splitlines()[1].startswith("echo\tyes\t"), listed.stderr
 
-    answered = await llmos(mesh, "chat", "one two three", "--stats")
+    answered = await llmos(shared, "chat", "one two three", "--stats")
     assert (answered.code, answered.stdout) == (0, "one two three\n"), answered.stderr
     facts = dict(line.split(maxsplit=1) for line in answered.stderr.splitlines())
-    async with connected(mesh) as client:
+    async with connected(shared) as client:
         await outcome_of(client, facts["request"])
 
-    searched = await llmos(mesh, "audit", "search", "--request-id", facts["request"], "--json")
+    searched = await llmos(shared, "audit", "search", "--request-id", facts["request"], "--json")
     record = json.loads(searched.stdout)
     assert record["ended"]["outcome"] == "OUTCOME_SUCCEEDED"
     assert record["ended"]["facts"]["trace_id"] == facts["trace"]
 
-    refused = await llmos(mesh, "chat", "one", LLMOS_API_KEY_FILE="")
+    refused = await llmos(shared, "chat", "one", LLMOS_API_KEY_FILE="")
     assert (refused.code, refused.stdout) == (1, "")
     assert "CREDENTIAL_MISSING" in refused.stderr
 
 
-async def test_ctrl_c_in_the_command_cancels_at_the_server(mesh: MeshHarness) -> None:
-    await start(mesh)
-    process = await begin(mesh, *COMMAND, "chat", "[[hang_after=2]] one two", "--model", "echo")
+async def test_ctrl_c_in_the_command_cancels_at_the_server(shared: MeshHarness) -> None:
+    begun = datetime.now(UTC)
+    process = await begin(shared, *COMMAND, "chat", "[[hang_after=1]] one two", "--model", "echo")
     assert process.stdout is not None
     async with asyncio.timeout(TIMEOUT_S):
         assert await process.stdout.readexactly(3) == b"one"
         process.send_signal(signal.SIGINT)
         await process.communicate()
     assert process.returncode == 130
-    wanted = AuditFilter(outcome=Outcome.CANCELLED)
+    wanted = AuditFilter(outcome=Outcome.CANCELLED, since=begun)
     async with (
-        connected(mesh) as client,
+        connected(shared) as client,
         asyncio.timeout(TIMEOUT_S),
         client.audit.tail(wanted, last=10) as tail,
     ):
