@@ -210,7 +210,7 @@ class EchoEngine:
         if model != MODEL_ID:
             raise ModelNotFound(f"There is no model `{model}` here.")
         if not self._health.value.serving:
-            raise NoReplica(f"The model cannot serve now: {self._health.value.detail}.")
+            raise NoReplica("The model is not loaded at present.")
 
     def _admit(self, request: GenerationRequest) -> _Job:
         self._check_serving(request.model)

@@ -180,7 +180,7 @@ class TorchEngine:
             raise ModelNotFound(f"There is no model `{model}` here.")
         process, ready = self._process, self._ready
         if process is None or ready is None:
-            raise NoReplica(f"The model cannot serve now: {self._health.value.detail}.")
+            raise NoReplica("The model is not loaded at present.")
         places = self._config.max_running + self._config.max_waiting
         taken = sum(job.sequences for job in self._jobs.values())
         if taken + min(sequences, self._config.max_running) > places:

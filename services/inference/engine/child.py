@@ -130,7 +130,6 @@ def run(link: Link) -> int:
         return EXIT_LOAD_FAILED
     limits = LoopLimits(
         max_running=configure.max_running,
-        max_waiting=configure.max_waiting,
         max_output_tokens=configure.max_output_tokens,
         prefill_chunk_tokens=configure.prefill_chunk_tokens,
     )

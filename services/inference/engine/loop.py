@@ -30,10 +30,9 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True, slots=True)
 class LoopLimits:
-    """Sequences (choices) that run at once, jobs that wait, and tokens."""
+    """Sequences (choices) that run at once, and tokens. What waits is bounded by the parent."""
 
     max_running: int
-    max_waiting: int
     max_output_tokens: int
     prefill_chunk_tokens: int
 
@@ -81,6 +80,7 @@ class EngineLoop:
         except LlmosError as error:
             self._fail(job_id, error)
         except Exception:
+            logger.exception("request %s could not be read", request.request_id)
             self._fault(job_id)
 
     def cancel(self, job_id: int) -> None:
@@ -103,6 +103,7 @@ class EngineLoop:
         except LlmosError as error:
             self._fail(job_id, error)
         except Exception:
+            logger.exception("a prompt could not be counted")
             self._fault(job_id)
 
     def step(self) -> list[frames.JobEvent]:

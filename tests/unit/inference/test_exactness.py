@@ -11,7 +11,7 @@ import pytest
 from services.inference.engine.port import GenerationRequest, Message, Prompt, Role, Sampling
 from tests.framework.engines import START_TIMEOUT_S, gather_answers, torch_engine
 
-MAX_TOKENS = 16
+MAX_TOKENS = 12
 MODEL_ID = "smollm2-135m-instruct"
 QUESTIONS = (
     "What is the capital of France?",
@@ -30,7 +30,7 @@ QUESTIONS = (
 TEXTS = (
     "Once upon a time",
     "def fibonacci(n):\n    ",
-    "The quick brown fox jumps over the lazy dog. " * 6,
+    "The quick brown fox jumps over the lazy dog. " * 8,
     "1, 2, 3, 4,",
     "Dear Sir or Madam,",
     '{"name": "',

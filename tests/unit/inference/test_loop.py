@@ -24,7 +24,7 @@ MAX_CHOSEN = 41_000
 CONTEXT_TOKENS = 512
 POISON = " inexperienced"
 """The step fails on this word, which is one token, beyond those that HashStep chooses."""
-LIMITS = LoopLimits(max_running=4, max_waiting=100, max_output_tokens=64, prefill_chunk_tokens=8)
+LIMITS = LoopLimits(max_running=4, max_output_tokens=64, prefill_chunk_tokens=8)
 ENDS = (frames.JobFinished, frames.JobFailed, frames.JobCancelled, frames.JobCounted)
 
 
