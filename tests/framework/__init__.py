@@ -12,8 +12,8 @@ them:
 
 In this process:
 
-- `audit_model`, `audit_real_world`, `audit_trace`, `audit_path`, `memory_broker`: the audit protocol as a state
-  machine, and the real parts driven by the same traces
+- `audit_model`, `audit_real_world`, `audit_trace`, `audit_path`, `memory_broker`: the audit protocol as a
+  state machine, and the real parts driven by the same traces
 - `gateway_fakes`, `gateway_grpc`, `gateway_http`: the gateway's edges over its ports in memory
 - `engines`, `engine_parent`, `models`: engines and models
 - `access_tokens`: honest ones and forged ones
