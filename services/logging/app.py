@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 from functools import partial
 
 from llmos.logging.v1 import audit_service_pb2_grpc, watermark_service_pb2_grpc
@@ -18,7 +17,7 @@ from services.mesh.channel import Channel
 from services.mesh.clock import Clock
 from services.mesh.health import Health
 from services.mesh.interceptors import server_chain
-from services.mesh.jwks import JwksCache
+from services.mesh.jwks import KEYS, FirstKeys, JwksCache
 from services.mesh.kafka import KafkaSource, audit_topic
 from services.mesh.running import RunningCalls
 from services.mesh.server import GrpcServer
@@ -29,21 +28,16 @@ CONSUMER = "consumer"
 GROUP = "llmos-logging"
 
 
-class _Keys:
-    """The public keys of auth, as a component: fetched behind the start, which does not wait for auth."""
+class _Closing:
+    """A channel, as a component."""
 
-    def __init__(self, channel: Channel, cache: JwksCache) -> None:
+    def __init__(self, channel: Channel) -> None:
         self._channel = channel
-        self._cache = cache
-        self._first: asyncio.Task[None] | None = None
 
     async def start(self) -> None:
-        self._first = asyncio.create_task(self._cache.refresh(), name="first-jwks")
+        """Nothing to do."""
 
     async def stop(self) -> None:
-        await self._cache.close()
-        if self._first is not None:
-            self._first.cancel()
         await self._channel.close()
 
 
@@ -53,7 +47,7 @@ async def build(settings: LoggingSettings, clock: Clock) -> App:
     jwks = JwksCache(GrpcJwks(auth), clock)
     verifier = Verifier(jwks, issuer=settings.issuer, audience=Audience.LOGGING, clock=clock)
 
-    health = Health(parts=[CONSUMER])
+    health = Health(parts=[CONSUMER, KEYS])
     store = SqliteStore(settings.db_path)
     log = AuditLog(store, clock, fence_after_s=settings.fence_after_s, max_tails=settings.max_tails)
     topic = audit_topic(settings)
@@ -72,6 +66,7 @@ async def build(settings: LoggingSettings, clock: Clock) -> App:
         clock=clock,
         running=running,
         authenticator=ServiceAuthenticator(verifier),
+        watch_methods=frozenset({"/llmos.logging.v1.AuditService/Tail"}),
         max_call_s=settings.max_call_s,
         adopt_request_id=True,
     )
@@ -91,5 +86,5 @@ async def build(settings: LoggingSettings, clock: Clock) -> App:
         clock=clock,
         health=health,
         server=server,
-        components=(_Keys(auth, jwks), store, consumer),
+        components=(_Closing(auth), FirstKeys(jwks, health, clock), store, consumer),
     )

@@ -22,6 +22,7 @@ from services.logging.store import Cursor, RecordFilter, RequestRecord
 from services.mesh.audit_protocol import HeldEpoch, Place, ProducerReport
 from services.mesh.context import Identity, require_current
 from services.mesh.errors import PolicyDenied, RequestInvalid, Violation
+from services.mesh.event_codec import MAX_PLACE, MAX_SECONDS
 from services.mesh.tokens import GATEWAY
 
 DEFAULT_PAGE = 50
@@ -52,7 +53,9 @@ class AuditServicer(audit_service_pb2_grpc.AuditServiceServicer):
             _reader(),
             _filter(request.filter),
             last=request.last,
-            after_position=request.after_position if request.HasField("after_position") else None,
+            after_position=_bounded("after_position", request.after_position)
+            if request.HasField("after_position")
+            else None,
         )
         async with aclosing(records):
             async for record in records:
@@ -68,7 +71,11 @@ class WatermarkServicer(watermark_service_pb2_grpc.WatermarkServiceServicer):
     async def SyncProducer(
         self, request: watermark_service_pb2.SyncProducerRequest, context: _Context
     ) -> watermark_service_pb2.SyncProducerResponse:
+        _bounded("epoch", request.epoch)
+        for held in request.held:
+            _bounded("held", max(held.epoch, held.floor_sequence, held.last_sequence))
         settled = request.settled_before
+        _bounded("settled_before", max(settled.epoch, settled.sequence))
         answer = await self._log.sync(
             ProducerReport(
                 request.producer,
@@ -96,7 +103,10 @@ def _reader() -> Identity:
 def _filter(message: audit_service_pb2.RequestFilter) -> RecordFilter:
     def time_us(field: str) -> int | None:
         stamp: Timestamp = getattr(message, field)
-        return stamp.ToMicroseconds() if message.HasField(field) else None  # type: ignore[arg-type]
+        if not message.HasField(field):  # type: ignore[arg-type]
+            return None
+        _bounded(f"filter.{field}", abs(stamp.seconds), MAX_SECONDS)
+        return stamp.ToMicroseconds()
 
     return RecordFilter(
         request_id=message.request_id,
@@ -134,10 +144,21 @@ def _unpack(token: str) -> Cursor | None:
     if not token:
         return None
     try:
-        time_us, _, request_id = base64.urlsafe_b64decode(token.encode()).decode().partition(":")
-        return Cursor(int(time_us), request_id)
+        text = base64.urlsafe_b64decode(token.encode()).decode()
+        time_us, request_id = text.split(":", 1)
+        return Cursor(_bounded("page_token", int(time_us)), request_id)
     except (binascii.Error, ValueError) as error:
-        violation = Violation("page_token", "is not one that a search returned")
-        raise RequestInvalid(
-            "The request is invalid: `page_token` is not one that a search returned.", violations=[violation]
-        ) from error
+        raise _invalid("page_token", "is not one that a search returned") from error
+
+
+def _bounded(field: str, value: int, limit: int = MAX_PLACE) -> int:
+    """Numbers beyond what the database has are nobody's."""
+    if abs(value) > limit:
+        raise _invalid(field, "is out of range")
+    return value
+
+
+def _invalid(field: str, description: str) -> RequestInvalid:
+    return RequestInvalid(
+        f"The request is invalid: `{field}` {description}.", violations=[Violation(field, description)]
+    )

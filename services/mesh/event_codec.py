@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from datetime import UTC, datetime
 
 from google.protobuf.message import DecodeError
+from google.protobuf.timestamp_pb2 import Timestamp
 from llmos.common.v1 import error_reason_pb2, identity_pb2
 from llmos.events.v1 import events_pb2
 
@@ -32,6 +33,8 @@ from services.mesh.events import (
 AUDIT_TYPE = "llmos.events.v1.AuditRecorded"
 MAX_PLACE = 2**62
 """Epochs and sequences beyond are taken for garbage; a database's integers end there."""
+MAX_SECONDS = 253_402_300_799
+"""The year 9999."""
 _REASONS: Mapping[str, int] = {
     name.removeprefix("ERROR_REASON_"): number
     for name, number in error_reason_pb2.ErrorReason.items()
@@ -206,14 +209,20 @@ def _read_record(envelope: events_pb2.EventEnvelope) -> IntentRead | OutcomeRead
         if outcome <= 0:
             raise DataCorrupt("an outcome that says nothing")
         return OutcomeRead(*_keys(audit.ended.facts), outcome=outcome, body=audit.ended.SerializeToString())
-    return OtherRead(kind or "", envelope.time.ToMicroseconds(), audit.SerializeToString())
+    return OtherRead(kind or "", _time_us(envelope.time), audit.SerializeToString())
 
 
 def _keys(facts: events_pb2.RequestFacts) -> tuple[str, str, str, int]:
     if not 0 < len(facts.request_id) <= 64:
         raise DataCorrupt("a request without an id")
     identity = facts.identity
-    return facts.request_id, identity.tenant_id, identity.client_id, facts.receive_time.ToMicroseconds()
+    return facts.request_id, identity.tenant_id, identity.client_id, _time_us(facts.receive_time)
+
+
+def _time_us(time: Timestamp) -> int:
+    if abs(time.seconds) > MAX_SECONDS or not 0 <= time.nanos < 10**9:
+        raise DataCorrupt("a time beyond the years 1 to 9999")
+    return time.ToMicroseconds()
 
 
 def _fill_facts(message: events_pb2.RequestFacts, facts: RequestFacts) -> None:

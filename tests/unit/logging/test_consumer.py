@@ -1,0 +1,156 @@
+"""The consumer stores what can be read, keeps what cannot, and notices when nothing comes."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from opentelemetry import trace
+from opentelemetry.sdk.trace import TracerProvider
+from opentelemetry.sdk.trace.export import SimpleSpanProcessor
+from opentelemetry.sdk.trace.export.in_memory_span_exporter import InMemorySpanExporter
+
+from services.logging import consumer as consumer_module
+from services.logging.store import RecordFilter
+from services.logging.stores.memory import MemoryStore
+from services.mesh.broker import Record
+from services.mesh.clock import ManualClock
+from tests.framework.audit_path import (
+    DirectWatermarks,
+    LoggingProcess,
+    make_relay,
+    make_spool,
+    outcomes,
+    running,
+    serve,
+    started,
+)
+from tests.framework.memory_broker import MemoryBroker, MemoryPublisher, MemorySource
+from tests.framework.waiting import eventually
+
+
+def process(broker: MemoryBroker, clock: ManualClock | None = None, **options: float) -> LoggingProcess:
+    return LoggingProcess(
+        MemoryStore(), lambda: MemorySource(broker), DirectWatermarks(), clock=clock, **options
+    )
+
+
+async def test_poison_among_good_records_becomes_dead_letters(tmp_path: Path) -> None:
+    broker = MemoryBroker()
+    spool = make_spool(tmp_path / "spool.db")
+    logging = process(broker)
+    relay = make_relay(spool, MemoryPublisher(broker), logging._watermarks)
+    async with running(spool, logging):
+        for number in range(20):
+            await broker.append(0, [Record(b"someone", b"\xff poison %d" % number)])
+            await serve(spool, f"r{number}")
+            await relay.publish_once()
+        await eventually(lambda: logging.source.positions() == {0: 60})
+        assert set((await outcomes(logging._store)).values()) == {"SUCCEEDED"}
+        letters = await logging._store.dead_letters(100)
+        assert [letter.value for letter in letters] == [b"\xff poison %d" % number for number in range(20)]
+        assert {letter.reason for letter in letters} == {"not an EventEnvelope"}
+        assert logging.source.committed == {0: 60}  # type: ignore[attr-defined]
+
+
+async def test_a_damaged_event_does_not_hold_its_producer_up(tmp_path: Path) -> None:
+    """Its header tells its place, so what is above can be trimmed."""
+    broker = MemoryBroker()
+    spool = make_spool(tmp_path / "spool.db")
+    logging = process(broker)
+    relay = make_relay(spool, MemoryPublisher(broker), logging._watermarks)
+    async with running(spool):
+        await serve(spool, "a", "b")
+        await relay.publish_once()
+        first = broker.logs[0][0]
+        broker.logs[0][0] = Record(first.key, b"\xff" + first.value, first.headers)
+        async with running(logging):
+            await eventually(lambda: logging.source.positions() == {0: 4})
+            assert await relay.sync_once() == 4
+    assert await outcomes(logging._store) == {"a": "SUCCEEDED", "b": "SUCCEEDED"}
+
+
+async def test_a_consumer_that_hangs_is_told_by_health_and_opened_anew(tmp_path: Path) -> None:
+    broker = MemoryBroker()
+    spool = make_spool(tmp_path / "spool.db")
+    logging = process(broker, stalled_after_s=0.5)
+    source = logging.source
+    assert isinstance(source, MemorySource)
+    relay = make_relay(spool, MemoryPublisher(broker), logging._watermarks)
+    consumer_module.CHECK_EVERY_S, before = 0.05, consumer_module.CHECK_EVERY_S
+    try:
+        async with running(spool, logging):
+            await eventually(lambda: source.opened == 1)
+            source.mute = True
+            await serve(spool, "a")
+            await relay.publish_once()
+            await eventually(lambda: logging.healthy == [True, False])
+            await eventually(lambda: source.opened > 1)
+            source.mute = False
+            await eventually(lambda: logging.healthy == [True, False, True])
+            assert await outcomes(logging._store) == {"a": "SUCCEEDED"}
+    finally:
+        consumer_module.CHECK_EVERY_S = before
+
+
+async def test_a_broker_that_is_away_is_no_reason_to_refuse_queries() -> None:
+    broker = MemoryBroker()
+    broker.down = True
+    logging = process(broker)
+    async with running(logging):
+        assert await logging._store.search(RecordFilter(), 1, None) == []
+        broker.down = False
+        await eventually(lambda: logging.source.opened == 1)  # type: ignore[attr-defined]
+    assert logging.healthy == [True]
+
+
+async def test_a_gateway_that_never_comes_back_is_fenced_once_logging_has_read_everything(
+    tmp_path: Path,
+) -> None:
+    clock = ManualClock()
+    broker = MemoryBroker()
+    spool = make_spool(tmp_path / "spool.db")
+    logging = process(broker, clock, fence_after_s=600)
+    async with running(spool):
+        await spool.append_started(started("left"))
+        await make_relay(spool, MemoryPublisher(broker), logging._watermarks).publish_once()
+    consumer = logging.consumer
+    await consumer.open()
+    await consumer.check()
+    await clock.advance(700)
+    await consumer.check()
+    assert await outcomes(logging._store) == {}, "nothing was read"
+    await consumer.step(10, 0)
+    for _ in range(30):
+        await consumer.check()
+        assert await outcomes(logging._store) == {"left": "open"}
+        await clock.advance(20)
+    await consumer.check()
+    await clock.advance(20)
+    await consumer.check()
+    assert await outcomes(logging._store) == {"left": "ABORTED"}
+
+
+async def test_a_batch_links_to_the_traces_that_it_comes_from(tmp_path: Path) -> None:
+    exporter = InMemorySpanExporter()
+    provider = TracerProvider()
+    provider.add_span_processor(SimpleSpanProcessor(exporter))
+    broker = MemoryBroker()
+    spool = make_spool(tmp_path / "spool.db")
+    logging = process(broker)
+    consumer_module._tracer, before = provider.get_tracer("test"), consumer_module._tracer
+    try:
+        async with running(spool):
+            trace_ids = []
+            for number in range(3):
+                with provider.get_tracer("test").start_as_current_span("request") as span:
+                    trace_ids.append(span.get_span_context().trace_id)
+                    await serve(spool, f"r{number}")
+            await make_relay(spool, MemoryPublisher(broker), logging._watermarks).publish_once()
+        await logging.consumer.open()
+        await logging.consumer.step(100, 0)
+    finally:
+        consumer_module._tracer = before
+    (span,) = [each for each in exporter.get_finished_spans() if each.name == "process llmos.audit.v1"]
+    assert span.kind is trace.SpanKind.CONSUMER
+    assert span.parent is None
+    assert [link.context.trace_id for link in span.links] == trace_ids
