@@ -52,6 +52,10 @@ from services.mesh.tokens import Audience, ServiceTokens, Verifier
 from services.mesh.watermark_client import GrpcWatermarks
 
 
+FIRST_REPLICA = "first replica"
+FIRST_REPLICA_WAIT_S = 10.0
+
+
 class _Closing:
     """What only has to be closed, as a component."""
 
@@ -65,10 +69,41 @@ class _Closing:
         await asyncio.gather(*(close() for close in self._closers))
 
 
+class _FirstReplica:
+    """Holds readiness back until a replica was found, as a component: a gateway that comes up beside its
+    replicas refuses nobody. Not for long: where all are away, callers shall hear that from the gateway."""
+
+    def __init__(self, router: Router, health: Health, clock: Clock) -> None:
+        self._router = router
+        self._health = health
+        self._clock = clock
+        self._task: asyncio.Task[None] | None = None
+
+    async def start(self) -> None:
+        self._task = asyncio.create_task(self._wait(), name="first-replica")
+
+    async def stop(self) -> None:
+        if self._task is not None:
+            self._task.cancel()
+            await asyncio.gather(self._task, return_exceptions=True)
+
+    async def _wait(self) -> None:
+        waits = [
+            asyncio.ensure_future(self._router.found.wait()),
+            asyncio.ensure_future(self._clock.sleep(FIRST_REPLICA_WAIT_S)),
+        ]
+        try:
+            await asyncio.wait(waits, return_when=asyncio.FIRST_COMPLETED)
+        finally:
+            for wait in waits:
+                wait.cancel()
+        await self._health.set_part(FIRST_REPLICA, ready=True)
+
+
 async def build(settings: GatewaySettings, clock: Clock) -> App:
     """Puts the gateway together; nothing runs yet. Raises StartError where its secret is missing."""
     tls = TlsFiles.of(settings)
-    health = Health(parts=[KEYS])
+    health = Health(parts=[KEYS, FIRST_REPLICA])
     running = RunningCalls(settings.max_concurrent_calls)
 
     # To the other services: this service's own tokens, and what is reached with them.
@@ -121,6 +156,7 @@ async def build(settings: GatewaySettings, clock: Clock) -> App:
         clock=clock,
         running=running,
         authenticator=GatewayAuthenticator(verifier, keys, spool),
+        watch_methods=frozenset({"/llmos.logging.v1.AuditService/Tail"}),
         max_call_s=settings.max_call_s,
         adopt_request_id=False,
     ).links
@@ -201,6 +237,7 @@ async def build(settings: GatewaySettings, clock: Clock) -> App:
             trail,
             _Closing(keys.close),
             router,
+            _FirstReplica(router, health, clock),
         ),
         edges=(http,),
     )

@@ -56,6 +56,8 @@ class Router:
         self._clock = clock
         self._probe_interval_s = probe_interval_s
         self._ask_again_s = ask_again_s
+        self.found = asyncio.Event()
+        """Set when a replica was found for the first time."""
         self._asked_s = float("-inf")
         self._round: asyncio.Task[None] | None = None
         self._watches: list[asyncio.Task[None]] = []
@@ -146,3 +148,5 @@ class Router:
         if healthy != replica.healthy:
             logger.info("replica %s %s", replica.name, "serves" if healthy else "does not serve")
             replica.healthy = healthy
+            if healthy:
+                self.found.set()

@@ -20,7 +20,7 @@ import contextlib
 import logging
 import secrets
 import string
-from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
+from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Set
 from contextlib import AbstractAsyncContextManager, asynccontextmanager
 from dataclasses import dataclass, field
 
@@ -86,12 +86,13 @@ def server_chain(
     running: RunningCalls,
     authenticator: Authenticator,
     open_methods: frozenset[str] = frozenset(),
+    watch_methods: Set[str] = frozenset(),
     max_call_s: float,
     adopt_request_id: bool,
 ) -> Chain:
     """The chain of a service.
 
-    `open_methods` need no credential. `adopt_request_id` is for services that only others of the mesh
+    `open_methods` need no credential; `watch_methods` last as long as their client likes (`RunningCalls`). `adopt_request_id` is for services that only others of the mesh
     call: the id that the gateway made goes on through all hops.
     """
 
@@ -138,7 +139,7 @@ def server_chain(
 
     @asynccontextmanager
     async def limit(call: Call) -> AsyncIterator[None]:
-        with running.enter():
+        with running.enter(watch=call.context.method in watch_methods):
             yield
 
     @asynccontextmanager

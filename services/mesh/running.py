@@ -19,7 +19,9 @@ class RunningCalls:
     def __init__(self, max_calls: int) -> None:
         self._max_calls = max_calls
         self._tasks: set[asyncio.Task[object]] = set()
+        self._watches: set[asyncio.Task[object]] = set()
         self._cut: set[asyncio.Task[object]] = set()
+        self._draining = False
         self._empty = asyncio.Event()
         self._empty.set()
 
@@ -27,14 +29,22 @@ class RunningCalls:
         return len(self._tasks)
 
     @contextmanager
-    def enter(self) -> Iterator[None]:
-        """Registers the present task. Raises ConcurrencyLimit at once where all places are taken."""
+    def enter(self, *, watch: bool = False) -> Iterator[None]:
+        """Registers the present task. Raises ConcurrencyLimit at once where all places are taken.
+
+        A `watch` lasts as long as its client likes, so the drain does not wait for it: it ends at once, with
+        Draining. Its client goes on elsewhere.
+        """
+        if watch and self._draining:
+            raise Draining("The server is shutting down.")
         if len(self._tasks) >= self._max_calls:
             raise ConcurrencyLimit(f"The server runs {self._max_calls} calls, which is its limit.")
         task = asyncio.current_task()
         if task is None:
             raise RuntimeError("a call is served outside of a task")
         self._tasks.add(task)
+        if watch:
+            self._watches.add(task)
         self._empty.clear()
         try:
             yield
@@ -46,6 +56,7 @@ class RunningCalls:
             raise Draining("The server shut down before the answer was complete.") from None
         finally:
             self._cut.discard(task)
+            self._watches.discard(task)
             self._tasks.discard(task)
             if not self._tasks:
                 self._empty.set()
@@ -55,9 +66,12 @@ class RunningCalls:
         return asyncio.current_task() in self._cut
 
     async def drain(self, grace_s: float, abort_s: float = 5.0) -> int:
-        """Waits for all calls to end, at most `grace_s`; then cancels the rest and awaits their `finally`,
-        at most `abort_s`. They end with Draining. Returns how many were cancelled.
+        """Cuts the watches, and waits for all other calls to end, at most `grace_s`; then cuts the rest and
+        awaits their `finally`, at most `abort_s`. What is cut ends with Draining. Returns how many calls
+        besides watches were cut.
         """
+        self._draining = True
+        self._cut_off(self._watches)
         try:
             await asyncio.wait_for(self._empty.wait(), grace_s)
         except TimeoutError:
@@ -65,9 +79,12 @@ class RunningCalls:
         else:
             return 0
         rest = set(self._tasks)
-        for task in rest - self._cut:
-            task.cancel()
-        self._cut |= rest
+        self._cut_off(rest)
         if rest:
             await asyncio.wait(rest, timeout=abort_s)
         return len(rest)
+
+    def _cut_off(self, tasks: set[asyncio.Task[object]]) -> None:
+        for task in tasks - self._cut:
+            task.cancel()
+        self._cut |= tasks

@@ -89,11 +89,13 @@ class Harness:
         self.running = RunningCalls(self.settings.max_concurrent_calls)
         self.behaviour = Behaviour()
         self.health = Health()
+        self.watches: set[str] = set()
         chain = server_chain(
             clock=SystemClock(),
             running=self.running,
             authenticator=authenticate,
             open_methods=frozenset({OPEN}),
+            watch_methods=self.watches,
             max_call_s=self.settings.max_call_s,
             adopt_request_id=False,
         )
@@ -307,6 +309,23 @@ async def test_a_drain_lets_calls_finish_and_awaits_what_it_cancels(tmp_path: Pa
         await asyncio.wait_for(harness.server.drain(0.1), 2)
         assert cleaned.is_set()
         assert len(harness.running) == 0
+        assert reason(await task) == "DRAINING"
+
+
+@pytest.mark.parametrize("arity", ["unary_unary", "unary_stream"])
+async def test_a_watch_ends_when_the_drain_begins(tmp_path: Path, arity: str) -> None:
+    async with Harness(tmp_path) as harness:
+        begun = asyncio.Event()
+
+        async def act() -> None:
+            begun.set()
+            await asyncio.Event().wait()
+
+        harness.behaviour.act = act
+        harness.watches.add(f"/test.Service/{arity}")
+        task = asyncio.create_task(refused(harness, arity))
+        await asyncio.wait_for(begun.wait(), 5)
+        await asyncio.wait_for(harness.server.drain(30), 2)
         assert reason(await task) == "DRAINING"
 
 
