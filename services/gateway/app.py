@@ -51,7 +51,6 @@ from services.mesh.tls import TlsFiles
 from services.mesh.tokens import Audience, ServiceTokens, Verifier
 from services.mesh.watermark_client import GrpcWatermarks
 
-
 FIRST_REPLICA = "first replica"
 FIRST_REPLICA_WAIT_S = 10.0
 

@@ -92,8 +92,9 @@ def server_chain(
 ) -> Chain:
     """The chain of a service.
 
-    `open_methods` need no credential; `watch_methods` last as long as their client likes (`RunningCalls`). `adopt_request_id` is for services that only others of the mesh
-    call: the id that the gateway made goes on through all hops.
+    `open_methods` need no credential; `watch_methods` last as long as their client likes (`RunningCalls`).
+    `adopt_request_id` is for services that only others of the mesh call: the id that the gateway made goes
+    on through all hops.
     """
 
     @asynccontextmanager
