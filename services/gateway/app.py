@@ -58,14 +58,14 @@ FIRST_REPLICA_WAIT_S = 10.0
 class _Closing:
     """What only has to be closed, as a component."""
 
-    def __init__(self, *closers: Callable[[], Awaitable[Any]]) -> None:
-        self._closers = closers
+    def __init__(self, close: Callable[[], Awaitable[Any]]) -> None:
+        self._close = close
 
     async def start(self) -> None:
         """Nothing to do."""
 
     async def stop(self) -> None:
-        await asyncio.gather(*(close() for close in self._closers))
+        await self._close()
 
 
 class _FirstReplica:
@@ -228,7 +228,10 @@ async def build(settings: GatewaySettings, clock: Clock) -> App:
         # Stopped from the last to the first: all outcomes are written, the relay sends what it can, the spool
         # closes, and the channels stay to the end.
         components=(
-            _Closing(anonymous.close, auth.close, log.close, *(each.close for each in inference)),
+            anonymous,
+            auth,
+            log,
+            *inference,
             _Closing(tokens.close),
             FirstKeys(jwks, health, clock),
             spool,

@@ -30,19 +30,6 @@ from services.mesh.tokens import Audience, ServiceAuthenticator, Verifier
 ENGINE = "engine"
 
 
-class _Closing:
-    """A channel, as a component."""
-
-    def __init__(self, channel: Channel) -> None:
-        self._channel = channel
-
-    async def start(self) -> None:
-        """Nothing to do."""
-
-    async def stop(self) -> None:
-        await self._channel.close()
-
-
 class _EngineHealth:
     """Tells health what the engine says of itself, as a component."""
 
@@ -136,5 +123,5 @@ async def build(settings: InferenceSettings, clock: Clock) -> App:
         clock=clock,
         health=health,
         server=server,
-        components=(_Closing(auth), FirstKeys(jwks, health, clock), engine, _EngineHealth(engine, health)),
+        components=(auth, FirstKeys(jwks, health, clock), engine, _EngineHealth(engine, health)),
     )

@@ -28,19 +28,6 @@ CONSUMER = "consumer"
 GROUP = "llmos-logging"
 
 
-class _Closing:
-    """A channel, as a component."""
-
-    def __init__(self, channel: Channel) -> None:
-        self._channel = channel
-
-    async def start(self) -> None:
-        """Nothing to do."""
-
-    async def stop(self) -> None:
-        await self._channel.close()
-
-
 async def build(settings: LoggingSettings, clock: Clock) -> App:
     """Puts the service together."""
     auth = Channel(settings.auth_target, clock=clock, tls=TlsFiles.of(settings))
@@ -86,5 +73,5 @@ async def build(settings: LoggingSettings, clock: Clock) -> App:
         clock=clock,
         health=health,
         server=server,
-        components=(_Closing(auth), FirstKeys(jwks, health, clock), store, consumer),
+        components=(auth, FirstKeys(jwks, health, clock), store, consumer),
     )

@@ -185,6 +185,12 @@ class Channel(grpc.aio.Channel):
         """Not for use; generated stubs of reflection and the like need their own channel."""
         raise NotImplementedError(f"{method}: no service of the mesh takes a stream of requests")
 
+    async def start(self) -> None:
+        """As a component: nothing to do, the first call connects."""
+
+    async def stop(self) -> None:
+        await self.close()
+
     async def close(self, grace: float | None = None) -> None:
         if self._inner is not None:
             await self._inner.close(grace)
