@@ -253,6 +253,9 @@ async def ensure_topic(settings: KafkaSettings, topic: Topic) -> None:
 
 
 def _connection(settings: KafkaSettings) -> dict[str, Any]:
+    if logger.getEffectiveLevel() > logging.DEBUG:
+        # It tells of each attempt in vain, many a second; whoever uses this module tells once.
+        logging.getLogger("aiokafka").setLevel(logging.CRITICAL)
     options: dict[str, Any] = {
         "bootstrap_servers": settings.kafka_bootstrap_servers,
         "client_id": f"llmos-{settings.name}",
@@ -284,7 +287,6 @@ async def _close_producer(producer: AIOKafkaProducer) -> None:
     if task is not None:
         task.cancel()
         await asyncio.wait([task], timeout=CLOSE_TIMEOUT_S)
-    producer._message_accumulator.fail_all(TimeoutError("given up"))
 
 
 async def _close_consumer(consumer: AIOKafkaConsumer) -> None:

@@ -15,6 +15,7 @@ from deploy.dev.broker import Broker
 from services.logging.settings import LoggingSettings
 from services.logging.stores.sqlite import SqliteStore
 from services.mesh.kafka import KafkaPublisher, KafkaSource, audit_topic
+from tests.framework import broker as brokers
 from tests.framework.audit_path import (
     DirectWatermarks,
     LoggingProcess,
@@ -26,6 +27,7 @@ from tests.framework.audit_path import (
     serve,
     started,
 )
+from tests.framework.ports import PortReservations
 from tests.framework.proxy import TcpProxy
 from tests.framework.waiting import eventually
 
@@ -117,18 +119,40 @@ async def test_r29_a_broker_that_lost_its_data_gets_it_again(own_broker: Broker,
             )
 
 
-async def test_r28_a_broker_that_swallows_everything_holds_nobody_up(broker: Broker, tmp_path: Path) -> None:
-    async with TcpProxy(broker.bootstrap) as proxy:
-        path = AuditPath(proxy.target, tmp_path)
-        async with running(path.spool):
-            await proxy.black_hole()
-            await path.relay.start()
-            begun = time.monotonic()
-            await serve(path.spool, *(f"r{n}" for n in range(50)))
-            assert time.monotonic() - begun < 5
-            begun = time.monotonic()
-            await path.relay.stop()
-            assert time.monotonic() - begun < 10
-        again = AuditPath(broker.bootstrap, tmp_path)
-        async with running(again.spool, again.relay, again.logging):
-            await eventually(lambda: again.everything_stored(*(f"r{n}" for n in range(50))), timeout_s=30)
+async def test_r28_a_broker_that_cannot_be_reached_holds_nobody_up(
+    tmp_path: Path, reservations: PortReservations
+) -> None:
+    port = reservations.take(["behind the proxy"])["behind the proxy"]
+    async with TcpProxy(f"127.0.0.1:{port}") as proxy:
+        broker = brokers.prepare(
+            tmp_path / "kafka",
+            reservations,
+            port=port,
+            advertised_port=int(proxy.target.rpartition(":")[2]),
+        )
+        broker.start()
+        try:
+            await broker.wait_ready()
+            path = AuditPath(proxy.target, tmp_path)
+            ids: list[str] = []
+            async with running(path.spool, path.relay, path.logging):
+                for number, cut in enumerate((proxy.black_hole, proxy.reset, proxy.refuse)):
+                    await serve(path.spool, f"before {number}")
+                    await eventually(lambda n=number: path.everything_stored(f"before {n}"), timeout_s=60)
+                    await cut()
+                    begun = time.monotonic()
+                    during = [f"during {number} {n}" for n in range(50)]
+                    await serve(path.spool, *during)
+                    assert time.monotonic() - begun < 5
+                    await proxy.heal()
+                    ids += during
+                    await eventually(lambda ids=tuple(ids): path.everything_stored(*ids), timeout_s=60)
+                await proxy.black_hole()
+                await serve(path.spool, "at the end")
+                begun = time.monotonic()
+                await asyncio.gather(path.relay.stop(), path.logging.stop())
+                assert time.monotonic() - begun < 10
+                assert path.spool.ledger.held_events == 2
+                await path.logging.start()
+        finally:
+            brokers.stop_blocking(broker)

@@ -53,23 +53,27 @@ class SqliteStore:
     def __init__(self, path: Path) -> None:
         self._path = path
         self._lock: Any = None
-        self._writer = ThreadPoolExecutor(1, "audit-write")
-        self._reader = ThreadPoolExecutor(1, "audit-read")
+        self._writer: ThreadPoolExecutor | None = None
+        self._reader: ThreadPoolExecutor | None = None
         self._write: sqlite3.Connection | None = None
         self._read: sqlite3.Connection | None = None
         self._waiting_reads = 0
 
     async def start(self) -> None:
         loop = asyncio.get_running_loop()
+        self._writer = ThreadPoolExecutor(1, "audit-write")
+        self._reader = ThreadPoolExecutor(1, "audit-read")
         await loop.run_in_executor(self._writer, self._open)
         await loop.run_in_executor(self._reader, self._open_reader)
 
     async def stop(self) -> None:
         loop = asyncio.get_running_loop()
-        await loop.run_in_executor(self._reader, self._close_reader)
-        await loop.run_in_executor(self._writer, self._close)
-        self._reader.shutdown(wait=False)
-        self._writer.shutdown(wait=False)
+        reader, self._reader = self._reader, None
+        writer, self._writer = self._writer, None
+        for executor, close in ((reader, self._close_reader), (writer, self._close)):
+            if executor is not None:
+                await loop.run_in_executor(executor, close)
+                executor.shutdown(wait=False)
 
     async def apply(self, batch: Batch, now_us: int) -> Applied:
         return await self._writing(lambda db: _apply(db, batch, now_us))
@@ -141,8 +145,8 @@ class SqliteStore:
                 return work(db)
 
         try:
-            return await asyncio.get_running_loop().run_in_executor(self._writer, run)
-        except (sqlite3.Error, OSError, RuntimeError) as error:
+            return await _run(self._writer, run)
+        except (sqlite3.Error, OSError) as error:
             raise DependencyUnavailable(f"The audit log's database fails: {error}") from error
 
     async def _reading(self, work: Callable[[sqlite3.Connection], T]) -> T:
@@ -159,8 +163,8 @@ class SqliteStore:
             raise Overloaded("Too many queries of the audit log wait.")
         self._waiting_reads += 1
         try:
-            return await asyncio.get_running_loop().run_in_executor(self._reader, run)
-        except (sqlite3.Error, OSError, RuntimeError) as error:
+            return await _run(self._reader, run)
+        except (sqlite3.Error, OSError) as error:
             raise DependencyUnavailable(f"The audit log's database fails: {error}") from error
         finally:
             self._waiting_reads -= 1
@@ -208,6 +212,12 @@ class SqliteStore:
         if self._read is not None:
             self._read.close()
             self._read = None
+
+
+async def _run(executor: ThreadPoolExecutor | None, work: Callable[[], T]) -> T:
+    if executor is None:
+        raise sqlite3.OperationalError("the store is closed")
+    return await asyncio.get_running_loop().run_in_executor(executor, work)
 
 
 @contextlib.contextmanager
