@@ -11,6 +11,7 @@ import asyncio
 import contextlib
 import logging
 from collections.abc import Awaitable, Callable, Sequence
+from typing import TypeVar
 
 from opentelemetry import context, propagate, trace
 from opentelemetry.trace import Link, SpanKind
@@ -24,6 +25,8 @@ from services.mesh.errors import DataCorrupt, LlmosError
 
 logger = logging.getLogger(__name__)
 _tracer = trace.get_tracer("llmos.audit")
+
+T = TypeVar("T")
 
 MAX_BATCH = 1000
 POLL_S = 1.0
@@ -79,7 +82,7 @@ class AuditConsumer:
     async def open(self) -> None:
         """Begins to read where the store is. Raises DependencyUnavailable."""
         self._goal = None
-        self._offsets = await self._store.offsets(self._topic)
+        self._offsets = await self._in_store(self._store.offsets(self._topic))
         await self._source.open(self._offsets)
         await self._note_rewind()
 
@@ -102,7 +105,7 @@ class AuditConsumer:
             },
         ):
             events, dead, offsets = self._read(records)
-            await self._log.take(self._topic, events, dead, offsets)
+            await self._in_store(self._log.take(self._topic, events, dead, offsets))
         self._offsets.update(offsets)
         self._progress_s = self._clock.monotonic()
         await self._source.commit(offsets)
@@ -118,10 +121,19 @@ class AuditConsumer:
         ends = await self._source.ends()
         if self._reads_up_to(ends):
             self._progress_s = max(self._progress_s, now_s)
+            await self._on_health(True)
         if self._goal is None or now_s - self._goal[0] > MAX_GOAL_AGE_S:
             self._goal = now_s, ends
         await self._reach_goal()
         return now_s - self._progress_s < self._stalled_after_s
+
+    async def _in_store(self, work: Awaitable[T]) -> T:
+        """A database that fails is told by health; a broker that is away is not, since queries work."""
+        try:
+            return await work
+        except LlmosError:
+            await self._on_health(False)
+            raise
 
     async def _note_rewind(self) -> None:
         """Kafka lost its data: where it is read from now, the next life has to begin as well, since the old
@@ -130,7 +142,7 @@ class AuditConsumer:
         rewound = {p: at for p, at in positions.items() if at < self._offsets.get(p, 0)}
         if rewound:
             logger.warning("the audit topic lost its data; reading it from its beginning: %s", rewound)
-            await self._log.take(self._topic, [], [], rewound)
+            await self._in_store(self._log.take(self._topic, [], [], rewound))
             self._offsets.update(rewound)
 
     def _reads_up_to(self, ends: dict[int, int]) -> bool:

@@ -12,6 +12,7 @@ from opentelemetry.sdk.trace.export.in_memory_span_exporter import InMemorySpanE
 from services.logging import consumer as consumer_module
 from services.logging.store import RecordFilter
 from services.logging.stores.memory import MemoryStore
+from services.logging.stores.sqlite import SqliteStore
 from services.mesh.broker import Record
 from services.mesh.clock import ManualClock
 from tests.framework.audit_path import (
@@ -101,6 +102,22 @@ async def test_a_broker_that_is_away_is_no_reason_to_refuse_queries() -> None:
         broker.down = False
         await eventually(lambda: logging.source.opened == 1)  # type: ignore[attr-defined]
     assert logging.healthy == [True]
+
+
+async def test_a_database_that_fails_is_told_by_health(tmp_path: Path) -> None:
+    broker = MemoryBroker()
+    store = SqliteStore(tmp_path / "audit.db")
+    logging = LoggingProcess(store, lambda: MemorySource(broker), DirectWatermarks())
+    spool = make_spool(tmp_path / "spool.db")
+    async with running(spool, logging):
+        await eventually(lambda: logging.source.opened == 1)  # type: ignore[attr-defined]
+        await store.stop()
+        await serve(spool, "a")
+        await make_relay(spool, MemoryPublisher(broker), DirectWatermarks()).publish_once()
+        await eventually(lambda: logging.healthy == [True, False])
+        await store.start()
+        await eventually(lambda: logging.healthy == [True, False, True])
+        assert await outcomes(store) == {"a": "SUCCEEDED"}
 
 
 async def test_a_gateway_that_never_comes_back_is_fenced_once_logging_has_read_everything(
