@@ -7,6 +7,7 @@ that takes no parsing.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from datetime import UTC, datetime
@@ -93,15 +94,21 @@ class EventEncoder:
         self._source = source
         self._producer = producer
 
-    def started(self, event: RequestStarted, now: datetime) -> bytes:
+    def started(self, event: RequestStarted, now: datetime) -> tuple[bytes, bytes]:
+        """The body, and the facts alone, for the outcome."""
         envelope = self._envelope(event.facts.receive_time or now)
-        _fill_facts(envelope.audit.started.facts, event.facts)
-        return envelope.SerializeToString()
+        facts = envelope.audit.started.facts
+        _fill_facts(facts, event.facts)
+        return envelope.SerializeToString(), facts.SerializeToString()
 
-    def ended(self, event: RequestEnded, now: datetime) -> bytes:
+    def ended(self, event: RequestEnded, now: datetime, facts: bytes = b"") -> bytes:
+        """`facts` as they came with the intent, if there was one."""
         envelope = self._envelope(event.end_time or now)
         ended = envelope.audit.ended
-        _fill_facts(ended.facts, event.facts)
+        if facts:
+            ended.facts.MergeFromString(facts)
+        else:
+            _fill_facts(ended.facts, event.facts)
         ended.outcome = event.outcome  # type: ignore[assignment]
         ended.error_reason = _REASONS.get(event.error_reason, 0)  # type: ignore[assignment]
         ended.status_code = event.status_code
@@ -109,9 +116,11 @@ class EventEncoder:
         ended.usage.completion_tokens = event.usage.completion_tokens
         ended.usage.cached_prompt_tokens = event.usage.cached_prompt_tokens
         ended.finish_reasons.extend(event.finish_reasons)  # type: ignore[arg-type]
-        ended.end_time.FromDatetime(event.end_time or now)
+        _set_time(ended.end_time, event.end_time or now)
         if event.time_to_first_token_s is not None:
-            ended.time_to_first_token.FromNanoseconds(int(event.time_to_first_token_s * 1e9))
+            whole_s, part_s = divmod(event.time_to_first_token_s, 1)
+            ended.time_to_first_token.seconds = int(whole_s)
+            ended.time_to_first_token.nanos = int(part_s * 1e9)
         ended.replica = event.replica
         ended.model_revision = event.model_revision
         return envelope.SerializeToString()
@@ -130,13 +139,13 @@ class EventEncoder:
             audit.anonymous_rejected.source_address = event.source_address
             audit.anonymous_rejected.error_reason = _REASONS.get(event.error_reason, 0)  # type: ignore[assignment]
             audit.anonymous_rejected.count = event.count
-            audit.anonymous_rejected.interval_start_time.FromDatetime(event.interval_start)
-            audit.anonymous_rejected.interval_end_time.FromDatetime(event.interval_end)
+            _set_time(audit.anonymous_rejected.interval_start_time, event.interval_start)
+            _set_time(audit.anonymous_rejected.interval_end_time, event.interval_end)
         elif isinstance(event, SpoolGap):
             audit.gap.dropped = event.dropped
             audit.gap.refused = event.refused
-            audit.gap.first_time.FromDatetime(event.first)
-            audit.gap.last_time.FromDatetime(event.last)
+            _set_time(audit.gap.first_time, event.first)
+            _set_time(audit.gap.last_time, event.last)
         elif isinstance(event, AdminChanged):
             _fill_identity(audit.admin.identity, event.identity)
             audit.admin.method = event.method
@@ -148,7 +157,7 @@ class EventEncoder:
 
     def _envelope(self, time: datetime) -> events_pb2.EventEnvelope:
         envelope = events_pb2.EventEnvelope(source=self._source, type=AUDIT_TYPE, producer=self._producer)
-        envelope.time.FromDatetime(time)
+        _set_time(envelope.time, time)
         return envelope
 
 
@@ -222,7 +231,13 @@ def _keys(facts: events_pb2.RequestFacts) -> tuple[str, str, str, int]:
 def _time_us(time: Timestamp) -> int:
     if abs(time.seconds) > MAX_SECONDS or not 0 <= time.nanos < 10**9:
         raise DataCorrupt("a time beyond the years 1 to 9999")
-    return time.ToMicroseconds()
+    return time.seconds * 1_000_000 + time.nanos // 1000
+
+
+def _set_time(stamp: Timestamp, time: datetime) -> None:
+    """As `stamp.FromDatetime`, at a fifth of its cost."""
+    stamp.seconds = math.floor(time.timestamp())
+    stamp.nanos = time.microsecond * 1000
 
 
 def _fill_facts(message: events_pb2.RequestFacts, facts: RequestFacts) -> None:
@@ -234,7 +249,7 @@ def _fill_facts(message: events_pb2.RequestFacts, facts: RequestFacts) -> None:
     message.model = facts.model
     message.trace_id = facts.trace_id
     if facts.receive_time is not None:
-        message.receive_time.FromDatetime(facts.receive_time)
+        _set_time(message.receive_time, facts.receive_time)
     if facts.labels:
         message.labels.update(facts.labels)
 
@@ -250,7 +265,7 @@ def _fill_aborted(ended: events_pb2.RequestEnded, started: events_pb2.RequestSta
     ended.facts.CopyFrom(started.facts)
     ended.outcome = events_pb2.OUTCOME_ABORTED
     ended.status_code = Status.UNAVAILABLE
-    ended.end_time.FromDatetime(now)
+    _set_time(ended.end_time, now)
 
 
 def _fill_engine(message: events_pb2.EngineChanged, event: EngineChanged) -> None:

@@ -169,7 +169,7 @@ class Spool:
         if request_id in ledger.open:
             raise StateConflict(f"the request {request_id} has begun before")
         now = self._clock.now()
-        body = self._encoder.started(event, now)
+        body, facts = self._encoder.started(event, now)
         if len(body) > MAX_EVENT_BYTES:
             raise Internal(f"an intent of {len(body)} bytes")
         promised = len(body) + OUTCOME_EXTRA_BYTES
@@ -177,7 +177,7 @@ class Spool:
             self._gap.count()
             self._refuse()
             return
-        opened = ledger.open[request_id] = OpenIntent(promised)
+        opened = ledger.open[request_id] = OpenIntent(promised, facts)
         future: asyncio.Future[bool] = asyncio.get_running_loop().create_future()
 
         def done(place: Place | None, error: Exception | None) -> None:
@@ -210,7 +210,7 @@ class Spool:
         if opened is not None and opened.ending:
             raise StateConflict(f"the request {request_id} has an outcome")
         now = self._clock.now()
-        body = self._encoder.ended(event, now)
+        body = self._encoder.ended(event, now, b"" if opened is None else opened.facts)
         if opened is not None:
             opened.ending = True
             ledger.resize(opened.promised, len(body))
@@ -305,11 +305,12 @@ class Spool:
 
     async def _within_timeout(self, future: asyncio.Future[bool], *, otherwise: bool) -> bool:
         """Whether the event was written; `otherwise` where a hanging disk does not tell in time."""
+        loop = asyncio.get_running_loop()
+        expiry = loop.call_later(self._append_timeout_s, _settle, future, otherwise)
         try:
-            async with asyncio.timeout(self._append_timeout_s):
-                return await future
-        except TimeoutError:
-            return otherwise
+            return await future
+        finally:
+            expiry.cancel()
 
     def _refuse(self) -> None:
         if self._mode is Mode.STRICT:
@@ -385,6 +386,11 @@ def _traceparent() -> str:
     if not context.is_valid:
         return ""
     return f"00-{context.trace_id:032x}-{context.span_id:016x}-{context.trace_flags:02x}"
+
+
+def _settle(future: asyncio.Future[bool], result: bool) -> None:
+    if not future.done():
+        future.set_result(result)
 
 
 def _retrieve(future: asyncio.Future[bool]) -> None:

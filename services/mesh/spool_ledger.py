@@ -18,6 +18,8 @@ class OpenIntent:
 
     promised: int
     """The room kept for its outcome; 0 once that is on its way."""
+    facts: bytes
+    """The request's facts, as its outcome repeats them."""
     place: Place | None = None
     """None until the intent is committed."""
     ending: bool = False

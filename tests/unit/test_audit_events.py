@@ -46,7 +46,7 @@ def envelope(body: bytes, outcome_of: str | None = None) -> events_pb2.EventEnve
 
 
 def test_an_intent() -> None:
-    message = envelope(ENCODER.started(RequestStarted(FACTS), NOW))
+    message = envelope(ENCODER.started(RequestStarted(FACTS), NOW)[0])
     assert (message.id, message.source, message.producer) == ("gateway-0-abc/3/9", "gateway", "gateway-0-abc")
     assert (message.epoch, message.sequence, message.floor_sequence) == (3, 9, 4)
     assert message.type == "llmos.events.v1.AuditRecorded"
@@ -79,10 +79,12 @@ def test_an_outcome() -> None:
     record = event_codec.read(message.SerializeToString()).record
     assert isinstance(record, OutcomeRead)
     assert record.outcome == Outcome.FAILED
+    _, facts = ENCODER.started(RequestStarted(FACTS), NOW)
+    assert ENCODER.ended(event, NOW, facts) == ENCODER.ended(event, NOW)
 
 
 def test_an_aborted_request_keeps_its_facts() -> None:
-    body = ENCODER.started(RequestStarted(FACTS), NOW)
+    body, _ = ENCODER.started(RequestStarted(FACTS), NOW)
     message = envelope(ENCODER.aborted(body, NOW), "req_1")
     assert message.audit.ended.outcome == events_pb2.OUTCOME_ABORTED
     assert message.audit.ended.facts == events_pb2.EventEnvelope.FromString(body).audit.started.facts
