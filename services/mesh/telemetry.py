@@ -13,8 +13,6 @@ from contextlib import contextmanager
 import prometheus_client
 from opentelemetry import metrics, propagate, trace
 from opentelemetry.context import Context
-from opentelemetry.exporter.otlp.proto.grpc.metric_exporter import OTLPMetricExporter
-from opentelemetry.exporter.otlp.proto.grpc.trace_exporter import OTLPSpanExporter
 from opentelemetry.exporter.prometheus import PrometheusMetricReader
 from opentelemetry.sdk.metrics import MeterProvider
 from opentelemetry.sdk.metrics.export import MetricReader, PeriodicExportingMetricReader
@@ -70,6 +68,10 @@ class Telemetry:
         )
         readers: list[MetricReader] = [PrometheusMetricReader()]
         if endpoint:
+            # Only where it is used: the import takes a tenth of a start.
+            from opentelemetry.exporter.otlp.proto.grpc.metric_exporter import OTLPMetricExporter
+            from opentelemetry.exporter.otlp.proto.grpc.trace_exporter import OTLPSpanExporter
+
             insecure = endpoint.startswith("http://")
             self._tracers.add_span_processor(
                 BatchSpanProcessor(
