@@ -161,6 +161,9 @@ class KafkaSource:
         except (KafkaError, OSError, TimeoutError) as error:
             self._discard()
             raise DependencyUnavailable(f"Kafka cannot be read: {_reason(error)}") from error
+        except BaseException:
+            self._discard()
+            raise
 
     async def poll(self, max_records: int, timeout_s: float) -> list[ReceivedRecord]:
         consumer = self._opened()
@@ -215,15 +218,12 @@ class KafkaSource:
         return self._consumer
 
     async def _partitions(self, consumer: AIOKafkaConsumer) -> list[TopicPartition]:
-        name = self._topic.name
-        found: set[int] | None = None
-        while not found:
-            # `consumer.partitions_for_topic` knows only topics that are subscribed or assigned already.
-            metadata = await consumer._client.fetch_all_metadata()
-            found = metadata.partitions_for_topic(name)
-            if not found:
-                await asyncio.sleep(0.1)
-        return [TopicPartition(name, partition) for partition in sorted(found)]
+        # `consumer.partitions_for_topic` knows only topics that are subscribed or assigned already.
+        metadata = await consumer._client.fetch_all_metadata()
+        found = metadata.partitions_for_topic(self._topic.name)
+        if not found:
+            raise DependencyUnavailable(f"Kafka does not show the topic {self._topic.name} yet")
+        return [TopicPartition(self._topic.name, partition) for partition in sorted(found)]
 
     async def _bounded(self, awaitable: Awaitable[T], timeout_s: float) -> T:
         try:
