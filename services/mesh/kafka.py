@@ -130,6 +130,8 @@ class KafkaSource:
         self._group = group
         self._consumer: AIOKafkaConsumer | None = None
         self._next: dict[int, int] = {}
+        self._marks: dict[int, int] = {}
+        self._committing: asyncio.Task[None] | None = None
         self._closing: set[asyncio.Task[None]] = set()
 
     async def open(self, offsets: Mapping[int, int]) -> None:
@@ -199,15 +201,25 @@ class KafkaSource:
         return dict(self._next)
 
     async def commit(self, offsets: Mapping[int, int]) -> None:
-        consumer = self._opened()
-        marks = {
-            TopicPartition(self._topic.name, partition): OffsetAndMetadata(offset, "")
-            for partition, offset in offsets.items()
-        }
-        with contextlib.suppress(KafkaError, TimeoutError, OSError):
-            await asyncio.wait_for(consumer.commit(marks), REQUEST_TIMEOUT_S)
+        """Returns at once: reading does not wait for what only monitors look at."""
+        self._marks.update(offsets)
+        if self._committing is None or self._committing.done():
+            self._committing = asyncio.create_task(self._commit(), name="audit-commit")
+
+    async def _commit(self) -> None:
+        while self._marks and self._consumer is not None:
+            marks = {
+                TopicPartition(self._topic.name, partition): OffsetAndMetadata(offset, "")
+                for partition, offset in self._marks.items()
+            }
+            self._marks = {}
+            with contextlib.suppress(KafkaError, TimeoutError, OSError):
+                await asyncio.wait_for(self._consumer.commit(marks), REQUEST_TIMEOUT_S)
 
     async def close(self) -> None:
+        if self._committing is not None:
+            await asyncio.wait([self._committing], timeout=CLOSE_TIMEOUT_S)
+            self._committing.cancel()
         self._discard()
         if self._closing:
             await asyncio.wait(self._closing, timeout=3 * CLOSE_TIMEOUT_S)

@@ -87,6 +87,8 @@ class Relay:
     async def stop(self) -> None:
         """Gives the last events a moment to be published; the spool keeps what could not be."""
         if self._tasks:
+            if self._spool.appended.is_set():
+                self._idle.clear()
             with contextlib.suppress(TimeoutError):
                 await asyncio.wait_for(self._idle.wait(), self._stop_timeout_s)
         for task in self._tasks:

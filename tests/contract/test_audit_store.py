@@ -20,10 +20,11 @@ from services.logging.store import (
     RecordFilter,
     RequestRecord,
 )
+from services.logging.stores import sqlite as sqlite_module
 from services.logging.stores.memory import MemoryStore
 from services.logging.stores.sqlite import SqliteStore
 from services.mesh.audit_protocol import HeldEpoch, Place, ProducerReport
-from services.mesh.errors import DependencyUnavailable
+from services.mesh.errors import DependencyUnavailable, Overloaded
 from services.mesh.event_codec import EventRead, IntentRead, OtherRead, OutcomeRead
 from services.mesh.events import Outcome
 
@@ -355,3 +356,17 @@ async def test_sqlite_stores_all_of_a_batch_or_nothing(tmp_path: Path) -> None:
     await store.stop()
     with pytest.raises(DependencyUnavailable):
         await store.offsets(TOPIC)
+
+
+async def test_sqlite_stops_a_search_that_reads_too_much(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    store = SqliteStore(tmp_path / "audit.db")
+    await store.start()
+    for start in range(1, 60_000, 5000):
+        await take(store, *(intent(f"r{n}", (1, n)) for n in range(start, start + 5000)))
+    monkeypatch.setattr(sqlite_module, "MAX_READ_STEPS", 0)
+    with pytest.raises(Overloaded, match="reads too much"):
+        await store.search(RecordFilter(client_id="nobody"), 10, None)
+    assert len(await store.search(EVERYTHING, 10, None)) == 10
+    await store.stop()
