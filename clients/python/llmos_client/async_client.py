@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import AsyncIterator
+from functools import cached_property
 from types import TracebackType
 from typing import Any, Self, TypeVar, Unpack, cast
 
@@ -27,7 +28,7 @@ ResultT = TypeVar("ResultT")
 
 
 class AsyncClient:
-    """A connection to an llmos gateway. Make it inside the event loop, use it as a context manager."""
+    """A connection to an llmos gateway. Use it inside one event loop, as a context manager."""
 
     def __init__(self, target: str | None = None, **options: Unpack[ClientOptions]) -> None:
         """`target` is host:port; see `config` for the environment. Raises ConfigurationError.
@@ -75,7 +76,7 @@ class AsyncClient:
 
     async def close(self) -> None:
         """Ends what is still running."""
-        await self._wire.channel.close()
+        await self._wire.close()
 
     async def __aenter__(self) -> Self:
         return self
@@ -297,15 +298,31 @@ class _Wire:
     def __init__(self, config: ClientConfig) -> None:
         self.config = config
         self.throttle = RetryThrottle()
-        credentials = transport.channel_credentials(config)
+        self._credentials = transport.channel_credentials(config)
+
+    @cached_property
+    def channel(self) -> grpc.aio.Channel:
+        """Made by the first call: grpc ties it to the loop of then, and a client may be made before."""
         options = transport.channel_options()
-        if credentials is None:
-            self.channel = grpc.aio.insecure_channel(config.target, options)
-        else:
-            self.channel = grpc.aio.secure_channel(config.target, credentials, options)
-        self.generation = generation_service_pb2_grpc.GenerationServiceStub(self.channel)
-        self.models = model_service_pb2_grpc.ModelServiceStub(self.channel)
-        self.audit = audit_service_pb2_grpc.AuditServiceStub(self.channel)
+        if self._credentials is None:
+            return grpc.aio.insecure_channel(self.config.target, options)
+        return grpc.aio.secure_channel(self.config.target, self._credentials, options)
+
+    @cached_property
+    def generation(self) -> generation_service_pb2_grpc.GenerationServiceAsyncStub:
+        return generation_service_pb2_grpc.GenerationServiceStub(self.channel)
+
+    @cached_property
+    def models(self) -> model_service_pb2_grpc.ModelServiceAsyncStub:
+        return model_service_pb2_grpc.ModelServiceStub(self.channel)
+
+    @cached_property
+    def audit(self) -> audit_service_pb2_grpc.AuditServiceAsyncStub:
+        return audit_service_pb2_grpc.AuditServiceStub(self.channel)
+
+    async def close(self) -> None:
+        if "channel" in self.__dict__:
+            await self.channel.close()
 
     async def unary(
         self,

@@ -221,3 +221,10 @@ async def test_a_call_cancelled_by_the_server_is_an_error(gateway: ScriptedGatew
     with pytest.raises(sdk.Cancelled) as caught:
         await both.streamed("q")
     assert caught.value.request_id == "req_failed"
+
+
+async def test_an_async_client_may_be_made_before_its_loop(gateway: ScriptedGateway) -> None:
+    made = await asyncio.to_thread(AsyncClient, gateway.target, api_key="key", model="m")
+    gateway.will(*script.answer("hello"))
+    async with made as client, client.stream("hi") as stream:
+        assert [delta.text async for delta in stream] == ["hello"]
