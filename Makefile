@@ -13,6 +13,8 @@ LOCKS := $(GROUPS:%=requirements/%.txt)
 
 # N: how often `test-repeat` runs. TLS=1: `up` uses mTLS. ARGS: further arguments of the command behind a target.
 N ?= 10
+# A file of tests stays in one process, so that what its tests share is made once.
+IN_PARALLEL ?= -n 2 --dist loadfile
 ARGS ?=
 
 export UV_PYTHON_DOWNLOADS := never
@@ -66,19 +68,23 @@ format: dev-env ## Format the code, and mend what can be mended without thought
 
 .PHONY: test
 test: dev-env ## Run all tests, on real processes and a real broker, and report coverage
-	@tests/run-with-coverage $(PY) $(ARGS)
+	@tests/run-with-coverage $(PY) $(IN_PARALLEL) $(ARGS)
 
 .PHONY: test-unit
 test-unit: dev-env ## Run the tests that start no process
-	$(PY) -m pytest tests/unit tests/contract $(ARGS)
+	$(PY) -m pytest $(IN_PARALLEL) tests/unit tests/contract $(ARGS)
 
 .PHONY: test-e2e
 test-e2e: dev-env ## Run the tests on real processes
-	$(PY) -m pytest tests/e2e $(ARGS)
+	$(PY) -m pytest $(IN_PARALLEL) tests/e2e $(ARGS)
 
 .PHONY: test-repeat
 test-repeat: dev-env ## Run the tests on real processes N times (N=10) and stop at the first failure
-	@for i in $$(seq 1 $(N)); do echo "== run $$i of $(N)"; $(PY) -m pytest -q tests/e2e $(ARGS) || exit 1; done
+	@for i in $$(seq 1 $(N)); do echo "== run $$i of $(N)"; $(PY) -m pytest -q $(IN_PARALLEL) tests/e2e $(ARGS) || exit 1; done
+
+.PHONY: chaos
+chaos: dev-env ## Kill gateway, logging and broker 200 times under load (KILLS=N), and judge the audit log
+	LLMOS_CHAOS_KILLS=$(or $(KILLS),200) $(PY) -m pytest -s tests/chaos $(ARGS)
 
 .PHONY: lock
 lock: dev-env ## Resolve the dependencies anew into requirements/ and deploy/dev/jgo.lock.toml (UPGRADE=1: newer ones)

@@ -17,9 +17,9 @@ MeshFactory = Callable[..., MeshHarness]
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Everything in tests/e2e runs real processes."""
+    """Everything in tests/e2e and tests/chaos runs real processes."""
     for item in items:
-        if "e2e" in item.path.parts:
+        if {"e2e", "chaos"} & set(item.path.parts):
             item.add_marker(pytest.mark.e2e)
 
 

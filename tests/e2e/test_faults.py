@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import random
 import signal
 import time
 
@@ -56,64 +55,6 @@ async def test_no_stream_notices_the_death_of_logging_and_of_the_broker(
     await mesh.start("logging")
     outcomes = await caller.outcomes(ids, timeout_s=60)
     assert set(outcomes.values()) == {OUTCOME.OUTCOME_SUCCEEDED}
-
-
-@pytest.mark.slow
-async def test_r27_random_kills_of_gateway_logging_and_broker_lose_and_double_no_outcome(
-    make_mesh: MeshFactory, own_broker: Broker
-) -> None:
-    seed = random.SystemRandom().randrange(2**32)
-    print(f"seed {seed}")
-    chance = random.Random(seed)
-    mesh = make_mesh(own_broker, measured=False)
-    mesh.configure("inference", max_running=16)
-    await mesh.start()
-    history: list[Streamed] = []
-    stop, gateway_up = asyncio.Event(), asyncio.Event()
-    gateway_up.set()
-
-    async def client(number: int) -> None:
-        caller = Caller(mesh)
-        while not stop.is_set():
-            # A polite client: it waits while the gateway is away. The pace leaves room for the restarts.
-            await gateway_up.wait()
-            tokens = chance.randrange(1, 20)
-            stream = await caller.stream(f"[[tokens={tokens}]][[delay_ms=25]] client {number}", timeout_s=20)
-            history.append(stream)
-
-    clients = [asyncio.create_task(client(number)) for number in range(6)]
-    for kill in range(20):
-        victim = chance.choice(["gateway", "logging", "broker"])
-        enough = len(history) + chance.randrange(1, 12)
-        await eventually(lambda enough=enough: len(history) >= enough, timeout_s=60, what="load goes on")
-        print(f"kill {kill}: {victim}")
-        if victim == "broker":
-            own_broker.kill()
-            own_broker.start()
-            await own_broker.wait_ready()
-        else:
-            if victim == "gateway":
-                gateway_up.clear()
-            mesh.kill(victim)
-            await mesh.start(victim)
-            gateway_up.set()
-    stop.set()
-    await asyncio.gather(*clients)
-
-    ids = {stream.request_id for stream in history if stream.request_id}
-    assert len(ids) == len([stream for stream in history if stream.request_id])
-    assert all(stream.unbroken for stream in history)
-    caller = Caller(mesh)
-    outcomes = await caller.outcomes(ids, timeout_s=90)
-    assert ids <= outcomes.keys()
-    for stream in history:
-        if stream.finished:
-            # A gateway may die after its last byte and before its outcome.
-            assert outcomes[stream.request_id] in {OUTCOME.OUTCOME_SUCCEEDED, OUTCOME.OUTCOME_ABORTED}
-    finished = [stream for stream in history if stream.finished]
-    lost = [s for s in finished if outcomes[s.request_id] == OUTCOME.OUTCOME_ABORTED]
-    print(f"{len(history)} requests, {len(finished)} finished, {len(lost)} of them called aborted")
-    assert len(finished) > 20
 
 
 @pytest.mark.parametrize("victim", ["auth", "logging", "inference", "gateway"])
