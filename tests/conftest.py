@@ -93,4 +93,4 @@ async def make_mesh(tmp_path: Path, reservations: PortReservations) -> AsyncIter
 @pytest.fixture
 def mesh(make_mesh: MeshFactory, broker: Broker) -> MeshHarness:
     """A mesh of the test's own with the run's broker: `await mesh.start()`, or only some of its services."""
-    return make_mesh(broker)
+    return make_mesh(broker, measured=True)

@@ -26,7 +26,7 @@ async def test_r27_random_kills_of_gateway_logging_and_broker_lose_and_double_no
     seed = random.SystemRandom().randrange(2**32)
     print(f"seed {seed}")
     chance = random.Random(seed)
-    mesh = make_mesh(own_broker, measured=False)
+    mesh = make_mesh(own_broker)
     mesh.configure("inference", max_running=16)
     await mesh.start()
     history: list[Streamed] = []

@@ -23,7 +23,7 @@ AT_ONCE = 50
 
 @pytest.fixture
 def fast_mesh(make_mesh: MeshFactory, broker: Broker) -> MeshHarness:
-    return make_mesh(broker, measured=False)
+    return make_mesh(broker)
 
 
 async def metric(client: httpx.AsyncClient, mesh: MeshHarness, name: str, metric_name: str) -> float:

@@ -41,7 +41,7 @@ def assert_whole(streams: list[Streamed]) -> set[str]:
 async def test_no_stream_notices_the_death_of_logging_and_of_the_broker(
     make_mesh: MeshFactory, own_broker: Broker
 ) -> None:
-    mesh = make_mesh(own_broker, measured=False)
+    mesh = make_mesh(own_broker)
     mesh.configure("inference", max_running=16)
     await mesh.start()
     caller = Caller(mesh)
@@ -59,7 +59,7 @@ async def test_no_stream_notices_the_death_of_logging_and_of_the_broker(
 
 @pytest.mark.parametrize("victim", ["auth", "logging", "inference", "gateway"])
 async def test_r07_a_drain_cuts_no_stream(make_mesh: MeshFactory, broker: Broker, victim: str) -> None:
-    mesh = make_mesh(broker, replicas=("inference", "inference-1"), measured=False)
+    mesh = make_mesh(broker, replicas=("inference", "inference-1"))
     for name in ("inference", "inference-1"):
         mesh.configure(name, max_running=64)
     mesh.configure("gateway", drain_delay_s=1, probe_interval_s=0.2)

@@ -52,7 +52,7 @@ class MeshHarness:
         *,
         tls: bool = False,
         replicas: Iterable[str] = ("inference",),
-        measured: bool = True,
+        measured: bool = False,
     ) -> None:
         """`replicas` are the inference processes that gateways are told of. `measured`: coverage is recorded
         in the processes, where it is in this one; it slows them down."""
