@@ -13,8 +13,8 @@ LOCKS := $(GROUPS:%=requirements/%.txt)
 
 # N: how often `test-repeat` runs. TLS=1: `up` uses mTLS. ARGS: further arguments of the command behind a target.
 N ?= 10
-# A file of tests stays in one process, so that what its tests share is made once.
-IN_PARALLEL ?= -n 2 --dist loadfile
+# A file of tests stays in one process, so that what its tests share is made once; the long ones come first.
+IN_PARALLEL ?= -n 2 --dist loadfile --no-loadscope-reorder
 ARGS ?=
 
 export UV_PYTHON_DOWNLOADS := never
