@@ -1,4 +1,4 @@
-"""Row 27, second part of the audit's promise: whatever is killed, each request has exactly one outcome.
+"""Row 27 on real processes: whatever is killed, each request has exactly one outcome.
 
 `LLMOS_CHAOS_KILLS` says how many kills there are: 20 in every run of the tests, 200 in `make chaos`.
 """
