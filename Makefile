@@ -67,7 +67,11 @@ format: dev-env ## Format the code, and mend what can be mended without thought
 	$(VENV)/bin/ruff format .
 
 .PHONY: test
-test: dev-env ## Run all tests, on real processes and a real broker, and report coverage
+test: dev-env ## Run all tests, on real processes and a real broker
+	$(PY) -m pytest $(IN_PARALLEL) $(ARGS)
+
+.PHONY: coverage
+coverage: dev-env ## The same with coverage, of all processes that the tests start; takes longer
 	@tests/run-with-coverage $(PY) $(IN_PARALLEL) $(ARGS)
 
 .PHONY: test-unit
