@@ -76,6 +76,8 @@ class JobStarted(Frame, frozen=True):
 
     job: int
     prompt_tokens: int
+    cached_tokens: int = 0
+    """Of the prompt, those whose keys and values were there already."""
 
 
 class JobDelta(Frame, frozen=True):
@@ -92,6 +94,7 @@ class JobFinished(Frame, frozen=True):
     """Values of port.FinishReason, one for each choice."""
     prompt_tokens: int
     completion_tokens: int
+    cached_tokens: int = 0
 
 
 class JobFailed(Frame, frozen=True):
@@ -136,12 +139,34 @@ class Ready(Frame, frozen=True):
     longest_token_bytes: int
 
 
+class EngineState(Frame, frozen=True):
+    """The loop after a step, for metrics and routers. Counters count from the start of the process."""
+
+    waiting_tokens: int = 0
+    """Prompt tokens that have yet to be computed."""
+    kv_pages_used: int = 0
+    kv_pages: int = 0
+    step_sequences: int = 0
+    """Rows of the last step."""
+    step_tokens: int = 0
+    """Tokens of the last step."""
+    step_s: float = 0.0
+    """What the last step took; 0 where nothing was computed."""
+    prefix_tokens: int = 0
+    """Counter: prompt tokens of admitted requests."""
+    prefix_hit_tokens: int = 0
+    """Counter: of them, found in the prefix cache."""
+    preemptions: int = 0
+    """Counter."""
+
+
 class StepReport(Frame, frozen=True):
     """What one step brought, for all jobs; also a sign of life."""
 
     events: tuple[JobEvent, ...]
     running: int
     waiting: int
+    state: EngineState = EngineState()
 
 
 class Pong(Frame, frozen=True):

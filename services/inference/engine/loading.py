@@ -11,8 +11,8 @@ from typing import Any
 from services.inference.engine.frames import Configure
 from services.inference.engine.loop import LoadedModel
 from services.inference.engine.port import Capability, ModelInfo
+from services.inference.engine.row_step import TransformersStep
 from services.inference.engine.sampler import SamplingDefaults
-from services.inference.engine.step import TransformersStep
 from services.inference.engine.tokenizer import PromptTokenizer
 from services.inference.models import ModelFolder, open_local, open_packaged
 

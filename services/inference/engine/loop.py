@@ -18,9 +18,9 @@ from dataclasses import dataclass
 from services.inference.engine import frames
 from services.inference.engine.detokenizer import Detokenizer
 from services.inference.engine.port import GenerationRequest, ModelInfo, Prompt
+from services.inference.engine.row_step import Logits, Step, StepFault, StepRow
 from services.inference.engine.sampler import Sampler, SamplingDefaults
 from services.inference.engine.sequence import Choice, Job, take_token
-from services.inference.engine.step import Logits, Step, StepFault, StepRow
 from services.inference.engine.stopping import StopMatcher
 from services.inference.engine.tokenizer import PromptTokenizer, invalid
 from services.mesh.errors import ContextLengthExceeded, DeadlineExceeded, EngineFault, LlmosError

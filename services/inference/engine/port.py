@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import AsyncGenerator, AsyncIterator
 from dataclasses import dataclass, field
-from enum import Enum
+from enum import Enum, IntEnum
 from typing import Protocol
 
 
@@ -36,6 +36,15 @@ class Capability(Enum):
 
     GENERATE = "generate"
     CHAT = "chat"
+
+
+class Priority(IntEnum):
+    """Who goes first where not all can; the lower number."""
+
+    INTERACTIVE = 0
+    """Somebody waits for the answer."""
+    BATCH = 1
+    """Runs on what the others leave."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -96,6 +105,12 @@ class GenerationRequest:
     """Goes on past the end-of-sequence token; for measurements."""
     timeout_s: float | None = None
     """What is left of the caller's deadline when the request is handed over."""
+    tenant: str = ""
+    """Whose request it is: tenants get equal shares, and never each other's cached prefixes."""
+    priority: Priority = Priority.INTERACTIVE
+    delivered: tuple[tuple[int, ...], ...] = ()
+    """To go on where another replica was lost: for each choice the tokens that its reader has already. They
+    count in max_tokens and usage; only what comes after them is generated and sent. Empty: from the start."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -132,6 +147,8 @@ class Started:
     numerics_id: str
     exact_replay: bool
     prompt_tokens: int
+    cached_prompt_tokens: int = 0
+    """Of them, those whose keys and values were there already."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -204,6 +221,14 @@ class Load:
     waiting: int
     restarts: int = 0
     """How often the engine was restarted since the service began."""
+    waiting_tokens: int = 0
+    """Prompt tokens that have yet to be computed."""
+    kv_pages_used: int = 0
+    """Held by what runs; pages that only cache a prefix count as free."""
+    kv_pages: int = 0
+    """0 where the backend has none."""
+    step_s: float = 0.0
+    """A moving mean of what a step takes."""
 
 
 class Engine(Protocol):

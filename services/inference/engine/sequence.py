@@ -10,8 +10,8 @@ import numpy as np
 from services.inference.engine.detokenizer import Detokenizer, TokenTable
 from services.inference.engine.frames import JobDelta
 from services.inference.engine.port import Alternative, FinishReason, GenerationRequest, TokenLogprob
+from services.inference.engine.row_step import Logits
 from services.inference.engine.sampler import Sampler
-from services.inference.engine.step import Logits
 from services.inference.engine.stopping import StopMatcher
 
 

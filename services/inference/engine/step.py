@@ -1,153 +1,68 @@
-"""The step: rows of (slot, tokens, position) in, logits out.
+"""The step: rows of (tokens, position, pages) in, logits out.
 
-`Step` is what the loop asks of a model. Decode and a chunk of prefill are the same call with one or many
-tokens. `TransformersStep` computes each row by itself with transformers' own modules, so a row's numbers
-cannot depend on its neighbours: the oracle that faster steps are tested against.
+Decode, a chunk of a prompt and the verification of guessed tokens are the same call, for the whole batch.
+Keys and values live in a pool of pages that the step owns; which page belongs to whom is the KV cache's
+affair (`kv_cache`). What a step computes for a token depends on that token's own sequence alone where
+`exact_replay` holds: not on its neighbours, not on where a prompt is cut.
 """
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
-from typing import Any, Protocol
+from typing import Protocol
 
 import numpy as np
 import numpy.typing as npt
 
 Logits = npt.NDArray[np.float32]
+PAGE_TOKENS = 16
+"""Tokens in a page: small, so that a shared prefix is found to its end, give or take 15 tokens."""
 
 
 @dataclass(frozen=True, slots=True)
 class StepRow:
     """One sequence's part in a step."""
 
-    slot: int
     tokens: Sequence[int]
     position: int
     """Of the first of `tokens` in the sequence: how many came before."""
-    wants_logits: bool
-    """Whether the logits after the last token are needed."""
-
-
-@dataclass(frozen=True, slots=True)
-class StepFault:
-    """The row failed; the others did not."""
-
-    cause: Exception
+    pages: Sequence[int]
+    """The sequence's pages in order: page i holds positions i * PAGE_TOKENS and on. They hold all `tokens`."""
+    logits: int
+    """How many of the last tokens' logits are wanted: none, one, or several for verification."""
 
 
 class Step(Protocol):
-    """A model with the KV entries of the sequences that run."""
+    """A model with its pool of KV pages."""
 
     vocab_tokens: int
     context_tokens: int
+    pages: int
+    """Pages in the pool, from 0."""
     numerics: str
     """Names dtype, kernels and instruction set."""
     exact_replay: bool
 
-    def open_slot(self) -> int:
-        """A place for a sequence."""
+    def run(self, rows: Sequence[StepRow]) -> Logits:
+        """float32 [sum of rows' `logits`, vocab_tokens], in the order of the rows; valid until the next call.
 
-    def fork_slot(self, slot: int) -> int:
-        """Another place, with the same entries."""
-
-    def close_slot(self, slot: int) -> None:
-        """Forgets the sequence."""
-
-    def run(self, rows: Sequence[StepRow]) -> Sequence[Logits | StepFault | None]:
-        """One result for each row; None where no logits were asked for."""
-
-
-class TransformersStep:
-    """A causal language model of transformers, one row at a time."""
-
-    exact_replay = True
-
-    def __init__(self, model: Any) -> None:
-        import torch
-
-        self._torch = torch
-        self._model = model.eval()
-        self._caches: dict[int, Any] = {}
-        self._next_slot = 0
-        self.vocab_tokens = int(model.config.vocab_size)
-        self.context_tokens = int(model.config.max_position_embeddings)
-        dtype = str(model.dtype).removeprefix("torch.")
-        capability = torch.backends.cpu.get_cpu_capability()
-        self.numerics = (
-            f"{dtype}/transformers-torch{torch.__version__}/{capability}/{torch.get_num_threads()}t"
-        )
-
-    @classmethod
-    def load(cls, folder: Path, *, dtype: str) -> TransformersStep:
-        """Loads safetensors from `folder`. No code of the model's own is ever run.
-
-        `dtype`: `float32`, `bfloat16` or `auto`, which is bfloat16 where the CPU computes it.
+        Writes the keys and values of all tokens into their pages. Rows are of different sequences; a page
+        that two rows share is written by neither. Raises ValueError, before anything is computed, where a
+        token, position or page is out of range.
         """
-        import torch
-        from transformers import AutoModelForCausalLM
 
-        if dtype == "auto":
-            native = torch.backends.cpu.get_cpu_capability().startswith("AVX512")
-            dtype = "bfloat16" if native else "float32"
-        model = AutoModelForCausalLM.from_pretrained(
-            folder,
-            dtype=getattr(torch, dtype),
-            use_safetensors=True,
-            trust_remote_code=False,
-            local_files_only=True,
-        )
-        return cls(model)
 
-    def warm_up(self) -> None:
-        """Computes one row: what is built on first use is built, and a model that cannot run is found out.
-
-        Raises what the model raises.
-        """
-        slot = self.open_slot()
-        (result,) = self.run([StepRow(slot, (0, 0), 0, wants_logits=True)])
-        self.close_slot(slot)
-        if isinstance(result, StepFault):
-            raise result.cause
-
-    def open_slot(self) -> int:
-        from transformers import DynamicCache
-
-        return self._keep(DynamicCache(config=self._model.config))
-
-    def fork_slot(self, slot: int) -> int:
-        return self._keep(copy.deepcopy(self._caches[slot]))
-
-    def _keep(self, cache: Any) -> int:
-        self._next_slot += 1
-        self._caches[self._next_slot] = cache
-        return self._next_slot
-
-    def close_slot(self, slot: int) -> None:
-        del self._caches[slot]
-
-    def run(self, rows: Sequence[StepRow]) -> Sequence[Logits | StepFault | None]:
-        results: list[Logits | StepFault | None] = []
-        for row in rows:
-            try:
-                results.append(self._forward(row))
-            except Exception as error:
-                results.append(StepFault(error))
-        return results
-
-    def _forward(self, row: StepRow) -> Logits | None:
-        torch = self._torch
-        with torch.inference_mode():
-            output = self._model(
-                input_ids=torch.tensor([row.tokens], dtype=torch.long),
-                position_ids=torch.arange(row.position, row.position + len(row.tokens)).unsqueeze(0),
-                past_key_values=self._caches[row.slot],
-                use_cache=True,
-                logits_to_keep=1,
-            )
-            if not row.wants_logits:
-                return None
-            logits: Logits = output.logits[0, -1].float().numpy()
-            return logits
+def check_row(row: StepRow, *, vocab_tokens: int, context_tokens: int, pages: int) -> None:
+    """Raises ValueError where a step must not be given this row: no bad index reaches a kernel."""
+    end = row.position + len(row.tokens)
+    if not row.tokens or row.position < 0 or end > context_tokens:
+        raise ValueError(f"positions {row.position} to {end} do not fit a context of {context_tokens}")
+    if not 0 <= row.logits <= len(row.tokens):
+        raise ValueError(f"{row.logits} logits of {len(row.tokens)} tokens")
+    if min(row.tokens) < 0 or max(row.tokens) >= vocab_tokens:
+        raise ValueError(f"token ids end at {vocab_tokens - 1}")
+    if len(row.pages) * PAGE_TOKENS < end:
+        raise ValueError(f"{len(row.pages)} pages cannot hold {end} tokens")
+    if min(row.pages) < 0 or max(row.pages) >= pages:
+        raise ValueError(f"pages end at {pages - 1}")

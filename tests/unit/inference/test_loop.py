@@ -15,8 +15,8 @@ from hypothesis import strategies as st
 from services.inference.engine import frames
 from services.inference.engine.loop import EngineLoop, LoadedModel, LoopLimits
 from services.inference.engine.port import GenerationRequest, ModelInfo, Prompt, Sampling
+from services.inference.engine.row_step import Logits, StepFault, StepRow
 from services.inference.engine.sampler import SamplingDefaults
-from services.inference.engine.step import Logits, StepFault, StepRow
 from services.inference.engine.tokenizer import PromptTokenizer
 
 VOCAB_TOKENS = 49_152
