@@ -9,7 +9,7 @@ from llmos.inference.v1 import fleet_service_pb2_grpc, inference_service_pb2_grp
 
 from services.inference.access import GatewayOnly
 from services.inference.backends.echo import EchoConfig, EchoEngine
-from services.inference.backends.torch import TorchEngine, TorchEngineConfig
+from services.inference.backends.embedded import EmbeddedConfig, EmbeddedEngine
 from services.inference.engine.port import Engine
 from services.inference.engine.watchdog import Timeouts
 from services.inference.servicer import FleetServicer, InferenceServicer
@@ -71,13 +71,13 @@ def build_engine(settings: InferenceSettings, clock: Clock) -> Engine:
         ping_timeout_s=settings.ping_timeout_s,
         ping_kill_s=settings.ping_kill_s,
     )
-    return TorchEngine(
-        TorchEngineConfig(
+    return EmbeddedEngine(
+        EmbeddedConfig(
             model_id=settings.served_model_id,
             model_path=settings.model_path,
             models_dir=settings.models_path,
             dtype=settings.dtype,
-            threads=settings.torch_threads,
+            threads=settings.threads,
             max_running=settings.max_running,
             max_waiting=settings.max_waiting,
             max_output_tokens=settings.max_output_tokens,

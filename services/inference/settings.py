@@ -32,8 +32,8 @@ class InferenceSettings(ServiceSettings):
     service_secret_file: Path = Path()
     """Not read: this service calls nobody but auth, for its public keys."""
 
-    backend: Literal["torch", "echo"] = "torch"
-    """`torch` runs a model in a child process; `echo` says the prompt's words again, for tests."""
+    backend: Literal["embedded", "echo"] = "embedded"
+    """`embedded` runs a model in a child process; `echo` says the prompt's words again, for tests."""
     models_dir: Path | None = None
     """Where converted models are kept; not set: `models` beside `state_dir`. May be shared."""
     model_path: Path | None = None
@@ -43,8 +43,8 @@ class InferenceSettings(ServiceSettings):
     dtype: Literal["auto", "bfloat16", "float32"] = "auto"
     """`auto` is bfloat16 where the CPU computes it (AVX-512), else float32, which is then the faster one.
     float32 gives the tokens of transformers' own `generate`."""
-    torch_threads: int = Field(default=0, ge=0, le=1024)
-    """For one operation; 0 leaves the choice to torch (all cores)."""
+    threads: int = Field(default=0, ge=0, le=1024)
+    """For one operation; 0 takes all cores that the process may use."""
 
     max_running: int = Field(default=16, ge=1, le=4096)
     """Sequences that run at once; a request with n choices counts n."""

@@ -17,7 +17,7 @@ import pytest
 import pytest_asyncio
 
 from services.inference.backends.echo import EchoConfig, EchoEngine
-from services.inference.backends.torch import TorchEngine
+from services.inference.backends.embedded import EmbeddedEngine
 from services.inference.engine.port import (
     Capability,
     Engine,
@@ -91,14 +91,16 @@ class Echo:
 
 
 @dataclass
-class Torch:
-    engine: TorchEngine
+class Embedded:
+    engine: EmbeddedEngine
     model: str = TINY_MODEL_ID
 
     @classmethod
-    async def make(cls, folder: Path) -> Torch:
+    async def make(cls, folder: Path) -> Embedded:
         model = await asyncio.to_thread(make_tiny_model, folder / "model")
-        engine = engines.torch_engine(model, TINY_MODEL_ID, max_running=MAX_RUNNING, max_waiting=MAX_WAITING)
+        engine = engines.embedded_engine(
+            model, TINY_MODEL_ID, max_running=MAX_RUNNING, max_waiting=MAX_WAITING
+        )
         return cls(engine)
 
     def short(self, text: str = TEXT, **fields: object) -> GenerationRequest:
@@ -111,7 +113,7 @@ class Torch:
         engines.signal_child(self.engine, signal.SIGKILL)
 
 
-KINDS = {"echo": Echo, "torch": Torch}
+KINDS = {"echo": Echo, "embedded": Embedded}
 
 
 @pytest.fixture(scope="module", params=KINDS)

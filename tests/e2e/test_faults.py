@@ -84,7 +84,7 @@ async def test_r07_a_drain_cuts_no_stream(make_mesh: MeshFactory, broker: Broker
 @pytest.mark.slow
 async def test_r09_a_killed_engine_is_told_by_health_and_comes_back(mesh: MeshHarness) -> None:
     """With the real model: the engine is a process of its own."""
-    mesh.configure("inference", backend="torch")
+    mesh.configure("inference", backend="embedded")
     await mesh.start("auth", "logging", "gateway", wait=False)
     await mesh.start("inference", wait=False)
     await mesh.wait_ready("inference", timeout_s=180)

@@ -106,7 +106,7 @@ async def test_r08_the_engine_child_dies_and_the_service_tells_the_truth(
     mesh: MeshHarness, gateway: Peer, tmp_path: Any
 ) -> None:
     model = await asyncio.to_thread(make_tiny_model, tmp_path / TINY_MODEL_ID)
-    mesh.configure("inference", backend="torch", model_path=model)
+    mesh.configure("inference", backend="embedded", model_path=model)
     await mesh.start("auth", "inference")
     fields = {"max_tokens": 4000, "ignore_eos": True, "sampling": {"temperature": 0}}
 
@@ -131,7 +131,7 @@ async def test_r08_the_engine_child_dies_and_the_service_tells_the_truth(
 
 async def test_health_waits_for_the_model(mesh: MeshHarness, tmp_path: Any) -> None:
     """The server answers while there is no model, and says that it does not serve."""
-    mesh.configure("inference", backend="torch", model_path=tmp_path)
+    mesh.configure("inference", backend="embedded", model_path=tmp_path)
     await mesh.start("auth")
     await mesh.start("inference", wait=False)
     await eventually(lambda: "cannot be loaded" in mesh.log("inference"), timeout_s=60)

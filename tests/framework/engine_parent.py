@@ -11,12 +11,12 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parents[2]))
 
-from tests.framework.engines import START_TIMEOUT_S, torch_engine
+from tests.framework.engines import START_TIMEOUT_S, embedded_engine
 from tests.framework.waiting import eventually
 
 
 async def main(model: Path, phase: str) -> None:
-    engine = torch_engine(model, "tiny")
+    engine = embedded_engine(model, "tiny")
     await engine.start()
     if phase == "serving":
         await engine.wait_healthy(START_TIMEOUT_S)

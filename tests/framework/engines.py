@@ -11,7 +11,7 @@ from pathlib import Path
 
 import psutil
 
-from services.inference.backends.torch import TorchEngine, TorchEngineConfig
+from services.inference.backends.embedded import EmbeddedConfig, EmbeddedEngine
 from services.inference.engine.port import (
     Delta,
     Engine,
@@ -37,9 +37,9 @@ TIMEOUTS = Timeouts(
 )
 
 
-def torch_config(model_path: Path, model_id: str, **changes: object) -> TorchEngineConfig:
+def embedded_config(model_path: Path, model_id: str, **changes: object) -> EmbeddedConfig:
     """An engine in a child process over a folder of safetensors."""
-    config = TorchEngineConfig(
+    config = EmbeddedConfig(
         model_id=model_id,
         model_path=model_path,
         models_dir=model_path.parent,
@@ -57,8 +57,8 @@ def torch_config(model_path: Path, model_id: str, **changes: object) -> TorchEng
     return replace(config, **changes)  # type: ignore[arg-type]
 
 
-def torch_engine(model_path: Path, model_id: str, **changes: object) -> TorchEngine:
-    return TorchEngine(torch_config(model_path, model_id, **changes), SystemClock())
+def embedded_engine(model_path: Path, model_id: str, **changes: object) -> EmbeddedEngine:
+    return EmbeddedEngine(embedded_config(model_path, model_id, **changes), SystemClock())
 
 
 @dataclass
@@ -135,7 +135,7 @@ def text_request(model: str, text: str, *, seed: int = 0, **fields: object) -> G
     return GenerationRequest("req_test", model, Prompt(text=text), **(defaults | fields))  # type: ignore[arg-type]
 
 
-def signal_child(engine: TorchEngine, number: signal.Signals) -> psutil.Process:
+def signal_child(engine: EmbeddedEngine, number: signal.Signals) -> psutil.Process:
     """Harms the engine's process; returns it."""
     assert engine.child_pid is not None
     process = psutil.Process(engine.child_pid)

@@ -102,7 +102,7 @@ class MeshHarness:
     async def start(self, *names: str, wait: bool = True, timeout_s: float = READY_TIMEOUT_S) -> None:
         """Starts processes, all four services where none is named; `wait`: until each is ready.
 
-        The first start of the torch backend on a machine converts its model, which takes longer than the
+        The first start of the embedded engine on a machine converts its model, which takes longer than the
         default `timeout_s`.
 
         Raises:

@@ -1,1 +1,1 @@
-"""Implementations of the engine port: `torch` runs models in a child process, `echo` runs none."""
+"""Implementations of the engine port: `embedded` runs models in a child process, `echo` runs none."""

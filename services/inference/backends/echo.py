@@ -327,7 +327,7 @@ class EchoEngine:
         return text, None
 
     def _crash(self) -> None:
-        """What the death of a child is to the torch backend."""
+        """What the death of a child is to the embedded engine."""
         self._health.set(serving=False, detail="the engine is gone")
         for job in self._running:
             if job.task is not None and job.task is not asyncio.current_task():

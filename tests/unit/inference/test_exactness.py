@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from services.inference.engine.port import GenerationRequest, Message, Prompt, Role, Sampling
-from tests.framework.engines import START_TIMEOUT_S, gather_answers, torch_engine
+from tests.framework.engines import START_TIMEOUT_S, embedded_engine, gather_answers
 
 MAX_TOKENS = 12
 MODEL_ID = "smollm2-135m-instruct"
@@ -68,7 +68,7 @@ async def test_greedy_equals_generate_of_transformers(smollm2: Path) -> None:
     assert len(prompts) == 20
     # Beside each other, on a core each.
     expected = asyncio.create_task(asyncio.to_thread(reference, smollm2, prompts))
-    engine = torch_engine(smollm2, MODEL_ID, threads=1, max_waiting=20)
+    engine = embedded_engine(smollm2, MODEL_ID, threads=1, max_waiting=20)
     await engine.start()
     try:
         await engine.wait_healthy(START_TIMEOUT_S)

@@ -51,7 +51,7 @@ logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, slots=True)
-class TorchEngineConfig:
+class EmbeddedConfig:
     """What the engine is told; `settings.InferenceSettings` explains each."""
 
     model_id: str
@@ -97,10 +97,10 @@ class _Job:
         self.mailbox.fail(error)
 
 
-class TorchEngine:
+class EmbeddedEngine:
     """An `Engine`."""
 
-    def __init__(self, config: TorchEngineConfig, clock: Clock) -> None:
+    def __init__(self, config: EmbeddedConfig, clock: Clock) -> None:
         self._config = config
         self._clock = clock
         self._health = HealthState("not started")

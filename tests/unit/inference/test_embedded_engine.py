@@ -13,7 +13,7 @@ import psutil
 import pytest
 import pytest_asyncio
 
-from services.inference.backends.torch import TorchEngine
+from services.inference.backends.embedded import EmbeddedEngine
 from services.inference.engine.port import GenerationRequest, Load, Sampling
 from services.inference.settings import child_environment
 from services.mesh.clock import SystemClock
@@ -24,11 +24,11 @@ from tests.framework.engines import (
     answer,
     begin,
     drain,
+    embedded_config,
+    embedded_engine,
     gather_answers,
     signal_child,
     text_request,
-    torch_config,
-    torch_engine,
     wait_unhealthy,
 )
 from tests.framework.models import TINY_MODEL_ID, prompt_that_raises
@@ -40,15 +40,15 @@ PARENT = Path(__file__).parents[2] / "framework" / "engine_parent.py"
 
 
 @pytest_asyncio.fixture(scope="module", loop_scope="module")
-async def shared(tiny_model: Path) -> AsyncIterator[TorchEngine]:
-    engine = torch_engine(tiny_model, TINY_MODEL_ID)
+async def shared(tiny_model: Path) -> AsyncIterator[EmbeddedEngine]:
+    engine = embedded_engine(tiny_model, TINY_MODEL_ID)
     await engine.start()
     yield engine
     await engine.stop()
 
 
 @pytest_asyncio.fixture(loop_scope="module")
-async def engine(shared: TorchEngine) -> TorchEngine:
+async def engine(shared: EmbeddedEngine) -> EmbeddedEngine:
     await shared.wait_healthy(START_TIMEOUT_S)
     await eventually(lambda: replace(shared.load(), restarts=0) == Load(0, 0))
     return shared
@@ -66,7 +66,7 @@ def gone(process: psutil.Process) -> bool:
         return True
 
 
-async def test_r08_a_killed_child_is_seen_at_once_and_replaced(engine: TorchEngine) -> None:
+async def test_r08_a_killed_child_is_seen_at_once_and_replaced(engine: EmbeddedEngine) -> None:
     running = [asyncio.create_task(drain(await begin(engine, long(f"{n}")))) for n in range(4)]
     clock = SystemClock()
     killed_s = clock.monotonic()
@@ -85,7 +85,7 @@ async def test_r08_a_killed_child_is_seen_at_once_and_replaced(engine: TorchEngi
     assert (await answer(engine, text_request(TINY_MODEL_ID, "again", max_tokens=5))).finished
 
 
-async def test_r09_a_stopped_child_is_told_then_replaced(engine: TorchEngine) -> None:
+async def test_r09_a_stopped_child_is_told_then_replaced(engine: EmbeddedEngine) -> None:
     running = asyncio.create_task(drain(await begin(engine, long())))
     child = signal_child(engine, signal.SIGSTOP)
     await wait_unhealthy(engine, timeout_s=5)
@@ -96,7 +96,7 @@ async def test_r09_a_stopped_child_is_told_then_replaced(engine: TorchEngine) ->
     await engine.wait_healthy(START_TIMEOUT_S)
 
 
-async def test_r09_a_child_that_is_stopped_for_a_moment_goes_on(engine: TorchEngine) -> None:
+async def test_r09_a_child_that_is_stopped_for_a_moment_goes_on(engine: EmbeddedEngine) -> None:
     restarts = engine.load().restarts
     request = text_request(TINY_MODEL_ID, "hold", max_tokens=1500, ignore_eos=True)
     running = asyncio.create_task(drain(await begin(engine, request)))
@@ -109,7 +109,7 @@ async def test_r09_a_child_that_is_stopped_for_a_moment_goes_on(engine: TorchEng
 
 
 async def test_r17_a_request_that_raises_in_the_model_ends_alone(
-    engine: TorchEngine, tiny_model: Path
+    engine: EmbeddedEngine, tiny_model: Path
 ) -> None:
     restarts = engine.load().restarts
     good = [text_request(TINY_MODEL_ID, f"good {n}", max_tokens=20) for n in range(3)]
@@ -122,7 +122,7 @@ async def test_r17_a_request_that_raises_in_the_model_ends_alone(
     assert engine.load().restarts == restarts
 
 
-async def test_r20_batched_equals_solo(engine: TorchEngine) -> None:
+async def test_r20_batched_equals_solo(engine: EmbeddedEngine) -> None:
     requests = [
         text_request(
             TINY_MODEL_ID,
@@ -143,7 +143,7 @@ async def test_r20_batched_equals_solo(engine: TorchEngine) -> None:
 async def test_r09_a_hung_step_is_ended(tiny_model: Path) -> None:
     """One step computes a prompt of 4,000 tokens at once, and may only take a moment."""
     timeouts = replace(TIMEOUTS, step_timeout_s=0.05, ping_interval_s=0.02)
-    engine = torch_engine(tiny_model, TINY_MODEL_ID, timeouts=timeouts, prefill_chunk_tokens=4096)
+    engine = embedded_engine(tiny_model, TINY_MODEL_ID, timeouts=timeouts, prefill_chunk_tokens=4096)
     await engine.start()
     try:
         await engine.wait_healthy(START_TIMEOUT_S)
@@ -154,7 +154,7 @@ async def test_r09_a_hung_step_is_ended(tiny_model: Path) -> None:
 
 
 async def test_a_model_that_cannot_be_loaded_is_told_and_tried_again(tmp_path: Path) -> None:
-    engine = torch_engine(tmp_path / "nothing", "nothing", restart_backoff_max_s=0.05)
+    engine = embedded_engine(tmp_path / "nothing", "nothing", restart_backoff_max_s=0.05)
     await engine.start()
     try:
         await eventually(lambda: "config.json" in engine.health().detail, timeout_s=START_TIMEOUT_S)
@@ -200,4 +200,4 @@ async def test_r32_the_child_gets_no_settings(monkeypatch: pytest.MonkeyPatch) -
     assert "canary" not in environment.values()
     assert environment["OMP_NUM_THREADS"] == "3"
     assert environment["HF_HUB_OFFLINE"] == "1"
-    assert torch_config(Path("x"), "x").environment.keys().isdisjoint({"LLMOS_GATEWAY_SECRET"})
+    assert embedded_config(Path("x"), "x").environment.keys().isdisjoint({"LLMOS_GATEWAY_SECRET"})
