@@ -28,7 +28,7 @@ class StepRow:
     position: int
     """Of the first of `tokens` in the sequence: how many came before."""
     pages: Sequence[int]
-    """The sequence's pages in order: page i holds positions i * PAGE_TOKENS and on. They hold all `tokens`."""
+    """The sequence's pages in order: page i holds positions i * PAGE_TOKENS and on. Room for `tokens`."""
     logits: int
     """How many of the last tokens' logits are wanted: none, one, or several for verification."""
 
