@@ -137,7 +137,8 @@ def _windows(config: Any, family: Family) -> tuple[int, ...]:
     window: int = getattr(config, "sliding_window", None) or 0
     if family.sliding == "by_type":
         return tuple(window if kind == "sliding_attention" else 0 for kind in config.layer_types)
-    return (window if family.sliding == "all" else 0,) * config.num_hidden_layers
+    layers: int = config.num_hidden_layers
+    return (window if family.sliding == "all" else 0,) * layers
 
 
 def _ropes(config: Any, family: Family, head_dim: int) -> tuple[tuple[Rope, ...], tuple[int, ...]]:

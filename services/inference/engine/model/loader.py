@@ -25,7 +25,7 @@ DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 def load_weights(folder: Path, dtype: str) -> ModelWeights:
     """Loads a folder that holds `config.json` and safetensors, or one GGUF file.
 
-    `dtype` of the matrices: `float32` or `bfloat16`. Raises ModelUnusable, which names what is wrong, OSError.
+    `dtype` of the matrices: `float32` or `bfloat16`. Raises ModelUnusable, with what is wrong, and OSError.
     """
     from transformers import AutoConfig
 
