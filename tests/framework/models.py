@@ -19,7 +19,7 @@ TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "chat_template.jin
 
 
 def real_model() -> Path:
-    """SmolLM2-135M-Instruct as safetensors. The first run on a machine converts it, most of a minute."""
+    """SmolLM2-135M-Instruct as safetensors. The first run on a machine converts it, some ten seconds."""
     models_dir = Path(os.environ.get("LLMOS_MODELS_DIR") or ROOT / ".state" / "models")
     return open_packaged(models_dir, print).path
 
