@@ -73,7 +73,9 @@ class GrpcInference:
         self._probe_timeout_s = probe_timeout_s
 
     async def generate(self, request_id: str, request: ValidGeneration) -> AsyncGenerator[EngineEvent, None]:
-        message = inference_service_pb2.GenerateRequest(request_id=request_id)
+        message = inference_service_pb2.GenerateRequest(
+            request_id=request_id, priority=inference_service_pb2.PRIORITY_INTERACTIVE
+        )
         _fill_spec(message.spec, request)
         call = self._inference.Generate(message)
         try:

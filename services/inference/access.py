@@ -1,4 +1,4 @@
-"""Who may call: the gateway, and nobody else."""
+"""Who may call: the gateway, and nobody else. No method is open."""
 
 from __future__ import annotations
 
@@ -8,6 +8,9 @@ from services.mesh.context import Caller
 from services.mesh.errors import PolicyDenied
 from services.mesh.interceptors import Authenticator
 from services.mesh.tokens import GATEWAY
+
+WATCHES = frozenset({"/llmos.inference.v1.FleetService/WatchLoad"})
+"""Methods that last as long as the gateway likes: the drain ends them at once."""
 
 
 class GatewayOnly:

@@ -7,14 +7,14 @@ import contextlib
 
 from llmos.inference.v1 import fleet_service_pb2_grpc, inference_service_pb2_grpc
 
-from services.inference.access import GatewayOnly
+from services.inference.access import WATCHES, GatewayOnly
 from services.inference.backends.echo import EchoConfig, EchoEngine
 from services.inference.backends.embedded import EmbeddedConfig, EmbeddedEngine
 from services.inference.engine.port import Engine
 from services.inference.engine.watchdog import Timeouts
 from services.inference.servicer import FleetServicer, InferenceServicer
 from services.inference.settings import InferenceSettings, child_environment
-from services.inference.telemetry import MeasuredEngine
+from services.inference.telemetry import MeasuredEngine, StepInstruments
 from services.mesh.app import App
 from services.mesh.auth_client import GrpcJwks
 from services.mesh.channel import Channel
@@ -88,6 +88,7 @@ def build_engine(settings: InferenceSettings, clock: Clock) -> Engine:
             environment=child_environment(),
         ),
         clock,
+        StepInstruments().record,
     )
 
 
@@ -104,6 +105,7 @@ async def build(settings: InferenceSettings, clock: Clock) -> App:
         clock=clock,
         running=running,
         authenticator=GatewayOnly(ServiceAuthenticator(verifier)),
+        watch_methods=WATCHES,
         max_call_s=settings.max_call_s,
         adopt_request_id=True,
     )
@@ -115,7 +117,7 @@ async def build(settings: InferenceSettings, clock: Clock) -> App:
     )
     await server.add(
         fleet_service_pb2_grpc.add_FleetServiceServicer_to_server,
-        FleetServicer(engine),
+        FleetServicer(engine, clock),
         "llmos.inference.v1.FleetService",
     )
     return App(

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from llmos.common.v1 import finish_reason_pb2, usage_pb2
 from llmos.gateway.v1 import generation_pb2, model_service_pb2
-from llmos.inference.v1 import inference_service_pb2
+from llmos.inference.v1 import fleet_service_pb2, inference_service_pb2
 
 from services.inference.engine.port import (
     Alternative,
@@ -17,8 +17,11 @@ from services.inference.engine.port import (
     Finished,
     FinishReason,
     GenerationRequest,
+    Health,
+    Load,
     Message,
     ModelInfo,
+    Priority,
     Prompt,
     Role,
     Sampling,
@@ -41,10 +44,18 @@ _CAPABILITIES = {
     Capability.GENERATE: model_service_pb2.MODEL_CAPABILITY_GENERATE,
     Capability.CHAT: model_service_pb2.MODEL_CAPABILITY_CHAT,
 }
+_PRIORITIES = {
+    # A gateway of before there were priorities sent none, and people waited for its answers.
+    inference_service_pb2.PRIORITY_UNSPECIFIED: Priority.INTERACTIVE,
+    inference_service_pb2.PRIORITY_INTERACTIVE: Priority.INTERACTIVE,
+    inference_service_pb2.PRIORITY_BATCH: Priority.BATCH,
+}
+MIN_INTERVAL_MS = 100
+HEARTBEAT_MS = 1000
 
 
 def parse_generate(
-    message: inference_service_pb2.GenerateRequest, *, timeout_s: float | None
+    message: inference_service_pb2.GenerateRequest, *, tenant: str, timeout_s: float | None
 ) -> GenerationRequest:
     """Raises NotImplementedYet and RequestInvalid, which name the field."""
     spec = message.spec
@@ -65,6 +76,9 @@ def parse_generate(
         top_logprobs=spec.top_logprobs,
         ignore_eos=spec.ignore_eos,
         timeout_s=timeout_s,
+        tenant=tenant,
+        priority=_PRIORITIES[message.priority],
+        delivered=tuple(tuple(choice.token_ids) for choice in message.delivered),
     )
 
 
@@ -85,6 +99,13 @@ def parse_prompt(prompt: generation_pb2.Prompt, path: str) -> Prompt:
         what = "a prompt needs text or messages"
         raise RequestInvalid(f"`{path}`: {what}.", violations=[Violation(path, what)])
     return Prompt(messages=tuple(messages))
+
+
+def parse_watch(message: fleet_service_pb2.WatchLoadRequest) -> tuple[float, float]:
+    """The shortest and the longest time between two responses, in seconds."""
+    shortest_ms = message.min_interval_ms or MIN_INTERVAL_MS
+    longest_ms = max(message.heartbeat_ms or HEARTBEAT_MS, shortest_ms)
+    return shortest_ms / 1000, longest_ms / 1000
 
 
 def _sampling(message: generation_pb2.SamplingParams) -> Sampling:
@@ -119,6 +140,7 @@ def event_message(event: EngineEvent, *, seq: int, replica: str) -> inference_se
                     numerics_id=event.numerics_id,
                     exact_replay=event.exact_replay,
                     replica=replica,
+                    cached_prompt_tokens=event.cached_prompt_tokens,
                 )
             )
         case Delta():
@@ -153,6 +175,24 @@ def model_message(model: ModelInfo) -> model_service_pb2.Model:
         capabilities=sorted(_CAPABILITIES[capability] for capability in model.capabilities),
         context_tokens=model.context_tokens,
         ready=model.ready,
+    )
+
+
+def load_message(health: Health, load: Load, model: ModelInfo) -> fleet_service_pb2.WatchLoadResponse:
+    return fleet_service_pb2.WatchLoadResponse(
+        serving=health.serving,
+        running=load.running,
+        waiting=load.waiting,
+        waiting_prompt_tokens=load.waiting_tokens,
+        max_running=load.max_running,
+        max_waiting=load.max_waiting,
+        kv_pages_used=load.kv_pages_used,
+        kv_pages=load.kv_pages,
+        step_ms=load.step_s * 1000,
+        restarts=load.restarts,
+        model=model.id,
+        numerics_id=model.numerics_id,
+        exact_replay=model.exact_replay,
     )
 
 

@@ -34,9 +34,14 @@ class InferenceServicer(inference_service_pb2_grpc.InferenceServiceServicer):
             inference_service_pb2.GenerateRequest, inference_service_pb2.GenerateResponse
         ],
     ) -> AsyncIterator[inference_service_pb2.GenerateResponse]:
-        left_s = context.require_current().deadline_s - self._clock.monotonic()
-        parsed = requests.parse_generate(request, timeout_s=left_s if left_s < float("inf") else None)
-        seq = 0
+        current = context.require_current()
+        left_s = current.deadline_s - self._clock.monotonic()
+        parsed = requests.parse_generate(
+            request,
+            tenant=current.identity.tenant_id,
+            timeout_s=left_s if left_s < float("inf") else None,
+        )
+        seq = request.after_seq
         # Whatever ends the call closes the generator, and so the work.
         async with aclosing(self._engine.generate(parsed)) as events:
             async for event in events:
@@ -59,10 +64,11 @@ class InferenceServicer(inference_service_pb2_grpc.InferenceServiceServicer):
 
 
 class FleetServicer(fleet_service_pb2_grpc.FleetServiceServicer):
-    """Tells what this replica serves."""
+    """Tells what this replica serves, and how busy it is."""
 
-    def __init__(self, engine: Engine) -> None:
+    def __init__(self, engine: Engine, clock: Clock) -> None:
         self._engine = engine
+        self._clock = clock
 
     async def ListModels(
         self,
@@ -74,3 +80,21 @@ class FleetServicer(fleet_service_pb2_grpc.FleetServiceServicer):
         return fleet_service_pb2.ListModelsResponse(
             models=[requests.model_message(model) for model in self._engine.models()]
         )
+
+    async def WatchLoad(
+        self,
+        request: fleet_service_pb2.WatchLoadRequest,
+        servicer_context: grpc.aio.ServicerContext[
+            fleet_service_pb2.WatchLoadRequest, fleet_service_pb2.WatchLoadResponse
+        ],
+    ) -> AsyncIterator[fleet_service_pb2.WatchLoadResponse]:
+        shortest_s, longest_s = requests.parse_watch(request)
+        told = None
+        due_s = self._clock.monotonic()
+        while True:
+            load = requests.load_message(self._engine.health(), self._engine.load(), self._engine.models()[0])
+            now_s = self._clock.monotonic()
+            if load != told or now_s >= due_s:
+                told, due_s = load, now_s + longest_s
+                yield load
+            await self._clock.sleep(min(shortest_s, due_s - now_s))

@@ -1,17 +1,18 @@
-"""Measures an engine from outside: an `Engine` around an `Engine`.
+"""Measures an engine: from outside, as an `Engine` around an `Engine`; and its steps, one by one.
 
 Names are those of OpenTelemetry's conventions for generative AI (1.41) where they have one.
 """
 
 from __future__ import annotations
 
-from collections.abc import AsyncGenerator, AsyncIterator, Iterable
+from collections.abc import AsyncGenerator, AsyncIterator, Callable, Iterable
 from contextlib import aclosing
 
 from opentelemetry import metrics, trace
-from opentelemetry.metrics import CallbackOptions, Observation
+from opentelemetry.metrics import CallbackOptions, Meter, Observation
 from opentelemetry.trace import StatusCode
 
+from services.inference.engine.frames import EngineState
 from services.inference.engine.port import (
     Delta,
     Engine,
@@ -31,6 +32,66 @@ from services.mesh.errors import LlmosError
 _FIRST_TOKEN_S = (0.001, 0.005, 0.01, 0.02, 0.04, 0.06, 0.08, 0.1, 0.25, 0.5, 0.75, 1, 2.5, 5, 7.5, 10)
 _PER_TOKEN_S = (0.01, 0.025, 0.05, 0.075, 0.1, 0.15, 0.2, 0.3, 0.4, 0.5, 0.75, 1, 2.5)
 _QUEUE_S = (0.001, 0.01, 0.1, 0.5, 1, 2.5, 5, 10, 30, 60)
+_STEP_S = (0.001, 0.002, 0.004, 0.008, 0.015, 0.03, 0.06, 0.12, 0.25, 0.5, 1, 2, 5, 10, 30)
+_STEP_SEQUENCES = (1, 2, 4, 8, 16, 32, 64, 128, 256)
+_STEP_TOKENS = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 1024, 2048)
+_GAUGES = {
+    "llmos.engine.sequences_running": ("running", "Sequences that run."),
+    "llmos.engine.sequences_waiting": ("waiting", "Sequences that wait for a slot."),
+    "llmos.engine.prompt_tokens_waiting": ("waiting_tokens", "Prompt tokens that have yet to be computed."),
+    "llmos.engine.kv_pages_used": ("kv_pages_used", "Pages of the KV cache that running sequences hold."),
+    "llmos.engine.kv_pages": ("kv_pages", "All pages of the KV cache."),
+}
+"""What `Engine.load` tells, each with its field there."""
+
+
+class StepInstruments:
+    """Records each step of an engine that runs in steps."""
+
+    def __init__(self) -> None:
+        meter = _meter()
+        self._time = meter.create_histogram(
+            "llmos.engine.step_time",
+            unit="s",
+            description="What a step took.",
+            explicit_bucket_boundaries_advisory=_STEP_S,
+        )
+        self._sequences = meter.create_histogram(
+            "llmos.engine.step_sequences",
+            description="Sequences computed in a step: the batch.",
+            explicit_bucket_boundaries_advisory=_STEP_SEQUENCES,
+        )
+        self._tokens = meter.create_histogram(
+            "llmos.engine.step_tokens",
+            unit="{token}",
+            description="Tokens computed in a step, of prompts and of answers.",
+            explicit_bucket_boundaries_advisory=_STEP_TOKENS,
+        )
+        self._prefix = meter.create_counter(
+            "llmos.engine.prefix_tokens", unit="{token}", description="Prompt tokens of admitted requests."
+        )
+        self._prefix_hits = meter.create_counter(
+            "llmos.engine.prefix_hit_tokens",
+            unit="{token}",
+            description="Of them, found in the prefix cache.",
+        )
+        self._preemptions = meter.create_counter(
+            "llmos.engine.preemptions",
+            description="Sequences that gave up their pages and were computed again.",
+        )
+
+    def record(self, before: EngineState, now: EngineState) -> None:
+        """The states before and after a step of one process; its counters begin at 0."""
+        if now.step_s:
+            self._time.record(now.step_s)
+            self._sequences.record(now.step_sequences)
+            self._tokens.record(now.step_tokens)
+        if now.prefix_tokens > before.prefix_tokens:
+            self._prefix.add(now.prefix_tokens - before.prefix_tokens)
+        if now.prefix_hit_tokens > before.prefix_hit_tokens:
+            self._prefix_hits.add(now.prefix_hit_tokens - before.prefix_hit_tokens)
+        if now.preemptions > before.preemptions:
+            self._preemptions.add(now.preemptions - before.preemptions)
 
 
 class MeasuredEngine:
@@ -40,7 +101,7 @@ class MeasuredEngine:
         self._engine = engine
         self._clock = clock
         self._tracer = trace.get_tracer("llmos.inference")
-        meter = metrics.get_meter("llmos.inference")
+        meter = _meter()
         self._first_token = meter.create_histogram(
             "gen_ai.server.time_to_first_token",
             unit="s",
@@ -62,25 +123,16 @@ class MeasuredEngine:
         self._tokens = meter.create_counter(
             "llmos.engine.output_tokens", unit="{token}", description="Tokens that readers were given."
         )
-        meter.create_observable_gauge(
-            "llmos.engine.sequences_running",
-            [lambda options: self._observe("running")],
-            description="Sequences that run.",
-        )
-        meter.create_observable_gauge(
-            "llmos.engine.sequences_waiting",
-            [lambda options: self._observe("waiting")],
-            description="Sequences that wait for a slot.",
-        )
+        for name, (field, description) in _GAUGES.items():
+            meter.create_observable_gauge(name, [self._observed(field)], description=description)
         meter.create_observable_counter(
-            "llmos.engine.restarts", [self._restarts], description="Restarts of the engine's process."
+            "llmos.engine.restarts",
+            [self._observed("restarts")],
+            description="Restarts of the engine's process.",
         )
 
-    def _observe(self, name: str) -> Iterable[Observation]:
-        return [Observation(getattr(self._engine.load(), name))]
-
-    def _restarts(self, options: CallbackOptions) -> Iterable[Observation]:
-        return [Observation(self._engine.load().restarts)]
+    def _observed(self, field: str) -> Callable[[CallbackOptions], Iterable[Observation]]:
+        return lambda options: [Observation(getattr(self._engine.load(), field))]
 
     async def start(self) -> None:
         await self._engine.start()
@@ -112,6 +164,7 @@ class MeasuredEngine:
                             self._queue.record(last_s, labels)
                             span.add_event("started")
                             span.set_attribute("gen_ai.usage.input_tokens", event.prompt_tokens)
+                            span.set_attribute("llmos.cached_prompt_tokens", event.cached_prompt_tokens)
                         case Delta():
                             if not tokens:
                                 first_s = last_s
@@ -151,3 +204,7 @@ class MeasuredEngine:
 
     def load(self) -> Load:
         return self._engine.load()
+
+
+def _meter() -> Meter:
+    return metrics.get_meter("llmos.inference")

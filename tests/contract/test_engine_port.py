@@ -1,36 +1,33 @@
 """The suite of the engine port: what each backend does, whatever it is made of.
 
-Each subject says how to speak to it: a request that runs long, and how its engine is lost.
+Each subject (`tests.framework.engine_subjects`) says how to speak to it: a request that runs long, and how
+its engine is lost.
 """
 
 from __future__ import annotations
 
 import asyncio
-import signal
 from collections.abc import AsyncIterator
 from contextlib import aclosing, suppress
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
-from typing import Protocol
 
 import pytest
 import pytest_asyncio
 
-from services.inference.backends.echo import EchoConfig, EchoEngine
-from services.inference.backends.embedded import EmbeddedEngine
 from services.inference.engine.port import (
     Capability,
+    Delta,
     Engine,
     EngineEvent,
     Finished,
     FinishReason,
     GenerationRequest,
-    Load,
     Message,
     Prompt,
     Role,
+    Sampling,
 )
-from services.mesh.clock import SystemClock
 from services.mesh.errors import (
     ContextLengthExceeded,
     DeadlineExceeded,
@@ -41,79 +38,11 @@ from services.mesh.errors import (
     ReplicaLost,
     RequestInvalid,
 )
-from tests.framework import engines
-from tests.framework.engines import START_TIMEOUT_S, answer, begin, drain, gather_answers, text_request
-from tests.framework.models import TINY_MODEL_ID, make_tiny_model
+from tests.framework.engine_subjects import KINDS, MAX_RUNNING, MAX_WAITING, TEXT, Subject
+from tests.framework.engines import START_TIMEOUT_S, Answer, answer, begin, drain, gather_answers, idle
 from tests.framework.waiting import eventually
 
 pytestmark = pytest.mark.asyncio(loop_scope="module")
-
-MAX_RUNNING = 2
-MAX_WAITING = 2
-TEXT = "one two three four five six seven eight"
-
-
-class Subject(Protocol):
-    """A backend, and how a test speaks to it."""
-
-    engine: Engine
-    model: str
-
-    def short(self, text: str = TEXT, **fields: object) -> GenerationRequest:
-        """Ends by itself or by max_tokens, with several tokens."""
-
-    def long(self) -> GenerationRequest:
-        """Runs for many seconds."""
-
-    async def lose(self) -> None:
-        """Takes the engine away, and does not wait until it is back."""
-
-
-@dataclass
-class Echo:
-    engine: Engine
-    model: str = "echo"
-
-    @classmethod
-    async def make(cls, folder: Path) -> Echo:
-        config = EchoConfig(MAX_RUNNING, MAX_WAITING, directives=True, recovery_s=0.1)
-        return cls(EchoEngine(config, SystemClock()))
-
-    def short(self, text: str = TEXT, **fields: object) -> GenerationRequest:
-        return text_request(self.model, text, **fields)
-
-    def long(self) -> GenerationRequest:
-        return self.short("[[tokens=4000]] [[delay_ms=10]] a long story")
-
-    async def lose(self) -> None:
-        with suppress(ReplicaLost):
-            await answer(self.engine, self.short("[[crash]]"))
-
-
-@dataclass
-class Embedded:
-    engine: EmbeddedEngine
-    model: str = TINY_MODEL_ID
-
-    @classmethod
-    async def make(cls, folder: Path) -> Embedded:
-        model = await asyncio.to_thread(make_tiny_model, folder / "model")
-        engine = engines.embedded_engine(
-            model, TINY_MODEL_ID, max_running=MAX_RUNNING, max_waiting=MAX_WAITING
-        )
-        return cls(engine)
-
-    def short(self, text: str = TEXT, **fields: object) -> GenerationRequest:
-        return text_request(self.model, text, **({"max_tokens": 12} | fields))
-
-    def long(self) -> GenerationRequest:
-        return self.short(max_tokens=4000, ignore_eos=True)
-
-    async def lose(self) -> None:
-        engines.signal_child(self.engine, signal.SIGKILL)
-
-
-KINDS = {"echo": Echo, "embedded": Embedded}
 
 
 @pytest.fixture(scope="module", params=KINDS)
@@ -135,10 +64,6 @@ async def subject(shared: Subject) -> Subject:
     await shared.engine.wait_healthy(START_TIMEOUT_S)
     await eventually(lambda: idle(shared.engine), what="the engine is idle")
     return shared
-
-
-def idle(engine: Engine) -> bool:
-    return replace(engine.load(), restarts=0) == Load(0, 0)
 
 
 async def test_the_model_is_described(subject: Subject) -> None:
@@ -355,6 +280,94 @@ async def test_r09_loss_of_the_engine_is_told_and_mended(subject: Subject) -> No
     await subject.engine.wait_healthy(START_TIMEOUT_S)
     assert subject.engine.load().restarts == restarts + 1
     assert (await answer(subject.engine, subject.short())).tokens == before.tokens
+
+
+async def test_the_load_is_told(subject: Subject) -> None:
+    load = subject.engine.load()
+    assert (load.max_running, load.max_waiting) == (MAX_RUNNING, MAX_WAITING)
+    assert load.waiting_tokens == load.kv_pages_used == 0
+    running = [await begin(subject.engine, subject.long()) for _ in range(MAX_RUNNING)]
+    waiting = asyncio.create_task(answer(subject.engine, subject.short()))
+    await eventually(lambda: subject.engine.load().waiting == 1)
+    load = subject.engine.load()
+    assert load.running == MAX_RUNNING
+    if not subject.cannot_resume:
+        assert load.waiting_tokens >= 8
+        assert MAX_RUNNING <= load.kv_pages_used <= load.kv_pages
+    for stream in running:
+        await stream.aclose()
+    await waiting
+
+
+SEEDED = Sampling(seed=7, temperature=0.9)
+
+
+RESUMED: dict[str, dict[str, object]] = {
+    "greedy": {},
+    "seeded": {"sampling": SEEDED},
+    "choices": {"sampling": SEEDED, "n": 2},
+    "stopped": {},
+}
+
+
+@pytest.mark.parametrize("case", RESUMED)
+async def test_r05_a_request_goes_on_after_what_was_delivered(subject: Subject, case: str) -> None:
+    """At every cut, what comes is what is missing of the undisturbed run."""
+    resumable(subject)
+    fields: dict[str, object] = {"max_tokens": 8, "ignore_eos": True, "logprobs": True} | RESUMED[case]
+    if case == "stopped":
+        free = (await answer(subject.engine, subject.short(**fields))).texts[0]
+        fields["stop"] = (free[len(free) // 2 :][:4],)
+    request = subject.short(**fields)
+    whole, borders = await observed(subject.engine, request)
+    assert whole.finished is not None
+    for cut in range(len(whole.token_ids[0]) + 1):
+        # The second choice is behind the first.
+        taken = [max(0, cut - 2 * choice) for choice in range(request.n)]
+        delivered = tuple(tuple(whole.token_ids[choice][:count]) for choice, count in enumerate(taken))
+        rest = await answer(subject.engine, replace(request, delivered=delivered))
+        assert rest.finished is not None
+        assert rest.finished.reasons == whole.finished.reasons
+        assert rest.finished.usage.prompt_tokens == whole.finished.usage.prompt_tokens
+        assert rest.finished.usage.completion_tokens == whole.finished.usage.completion_tokens
+        for choice, count in enumerate(taken):
+            assert rest.token_ids.get(choice, []) == whole.token_ids[choice][count:]
+            assert rest.logprobs.get(choice, []) == whole.logprobs[choice][count:]
+            text = rest.texts.get(choice, "")
+            assert whole.texts[choice].endswith(text)
+            if count in borders[choice]:
+                assert borders[choice][count] + text == whole.texts[choice]
+
+
+async def test_what_was_delivered_must_fit_the_request(subject: Subject) -> None:
+    resumable(subject)
+    for fields in (
+        {"n": 2, "delivered": ((1,),)},
+        {"n": 1, "delivered": ((1,), (1,))},
+        {"max_tokens": 2, "delivered": ((1, 1, 1),)},
+        {"delivered": ((2**32 - 1,),)},
+    ):
+        with pytest.raises(RequestInvalid) as refused:
+            await answer(subject.engine, subject.short(**fields))
+        assert [violation.field for violation in refused.value.violations] == ["delivered"]
+    assert (await answer(subject.engine, subject.short(delivered=((),)))).finished
+
+
+def resumable(subject: Subject) -> None:
+    if subject.cannot_resume:
+        pytest.skip(subject.cannot_resume)
+
+
+async def observed(engine: Engine, request: GenerationRequest) -> tuple[Answer, list[dict[int, str]]]:
+    """The answer, and for each choice the text that its first so many tokens gave, where a delta ended."""
+    whole = Answer()
+    borders: list[dict[int, str]] = [{0: ""} for _ in range(request.n)]
+    async with aclosing(engine.generate(request)) as events:
+        async for event in events:
+            whole.add(event)
+            if isinstance(event, Delta):
+                borders[event.choice][len(whole.token_ids[event.choice])] = whole.texts[event.choice]
+    return whole, borders
 
 
 async def test_many_at_once_are_each_as_if_alone(subject: Subject) -> None:

@@ -113,6 +113,12 @@ async def begin(engine: Engine, request: GenerationRequest) -> AsyncGenerator[En
     raise AssertionError("the stream ended before its first token")
 
 
+def idle(engine: Engine) -> bool:
+    """Whether nothing runs or waits."""
+    load = engine.load()
+    return (load.running, load.waiting) == (0, 0)
+
+
 async def drain(events: AsyncGenerator[EngineEvent, None]) -> Finished:
     """Reads on to the end."""
     async with aclosing(events):

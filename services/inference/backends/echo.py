@@ -10,12 +10,15 @@ health. Where `directives` are allowed, a prompt may hold some, which are not ec
     [[fail_after=3]]    EngineFault after 3 tokens; [[fail]] is [[fail_after=0]]
     [[crash_after=3]]   the engine is lost after 3 tokens, with all that runs, and comes back by itself;
                         [[crash]] is [[crash_after=0]]
+
+A directive whose tokens were delivered by another replica has had its turn, and does nothing.
 """
 
 from __future__ import annotations
 
 import asyncio
 import contextlib
+import math
 import re
 import zlib
 from collections import deque
@@ -42,6 +45,7 @@ from services.inference.engine.port import (
     TokenLogprob,
     Usage,
 )
+from services.inference.engine.resumption import check_delivered
 from services.inference.engine.stopping import StopMatcher
 from services.mesh.clock import Clock
 from services.mesh.errors import (
@@ -62,6 +66,8 @@ MODEL_ID = "echo"
 LOST = "The engine was lost while the request ran."
 LATE = "The deadline passed before the answer was complete."
 VOCAB_TOKENS = 1 << 31
+PAGE_TOKENS = 16
+"""Echo has no KV cache; its load tells of one as it would be."""
 _WORD = re.compile(r"\s*\S+")
 _DIRECTIVE = re.compile(r"\s*\[\[([a-z_]+)(?:=(\d{1,9}))?\]\]")
 _NAMES = frozenset({"tokens", "delay_ms", "first_ms", "hang", "fail", "crash"})
@@ -137,8 +143,14 @@ class _Job:
     prompt_tokens: int
     max_tokens: int
     deadline_s: float
+    said: list[int]
+    """Tokens of each choice, with those that another replica delivered."""
     mailbox: Mailbox = field(default_factory=Mailbox)
     task: asyncio.Task[None] | None = None
+
+    @property
+    def pages(self) -> int:
+        return sum(math.ceil((self.prompt_tokens + said) / PAGE_TOKENS) for said in self.said)
 
 
 class EchoEngine:
@@ -204,7 +216,19 @@ class EchoEngine:
         await self._health.wait_serving(timeout_s, self._clock)
 
     def load(self) -> Load:
-        return Load(_sequences(self._running), _sequences(self._waiting), self._restarts)
+        config = self._config
+        waiting = [job.prompt_tokens for job in self._waiting]
+        return Load(
+            running=_sequences(self._running),
+            waiting=_sequences(self._waiting),
+            restarts=self._restarts,
+            waiting_tokens=sum(waiting),
+            kv_pages_used=sum(job.pages for job in self._running),
+            kv_pages=config.max_running * math.ceil(config.context_tokens / PAGE_TOKENS),
+            step_s=config.delay_s,
+            max_running=config.max_running,
+            max_waiting=config.max_waiting,
+        )
 
     def _check_serving(self, model: str) -> None:
         if model != MODEL_ID:
@@ -213,6 +237,7 @@ class EchoEngine:
             raise NoReplica("The model is not loaded at present.")
 
     def _admit(self, request: GenerationRequest) -> _Job:
+        check_delivered(request)
         self._check_serving(request.model)
         config = self._config
         taken = _sequences(self._running) + _sequences(self._waiting)
@@ -227,6 +252,9 @@ class EchoEngine:
             raise RequestInvalid(
                 f"`spec.max_tokens`: {what}.", violations=[Violation("spec.max_tokens", what)]
             )
+        if any(token >= VOCAB_TOKENS for tokens in request.delivered for token in tokens):
+            what = f"token ids end at {VOCAB_TOKENS - 1}"
+            raise RequestInvalid(f"`delivered`: {what}.", violations=[Violation("delivered", what)])
         prompt_tokens = count_words(request.prompt)
         room = config.context_tokens - prompt_tokens
         if room < (request.max_tokens or 1):
@@ -236,7 +264,8 @@ class EchoEngine:
         max_tokens = request.max_tokens or min(room, config.max_output_tokens)
         timeout_s = float("inf") if request.timeout_s is None else request.timeout_s
         deadline_s = self._clock.monotonic() + timeout_s
-        return _Job(request, read_script(request.prompt, config), prompt_tokens, max_tokens, deadline_s)
+        script = read_script(request.prompt, config)
+        return _Job(request, script, prompt_tokens, max_tokens, deadline_s, [0] * request.n)
 
     def _start_waiting(self) -> None:
         while self._waiting:
@@ -287,21 +316,20 @@ class EchoEngine:
         request, script = job.request, job.script
         texts = [StopMatcher(request.stop) for _ in range(request.n)]
         reasons: list[FinishReason | None] = [None] * request.n
-        said = 0
+        for choice, tokens in enumerate(request.delivered):
+            for _ in tokens:
+                _, _, reasons[choice] = self._next(job, choice, texts[choice])
+        delivered = max(job.said)
         await self._clock.sleep(script.first_s)
         while None in reasons:
-            await self._obey(script, said)
+            if max(job.said) > delivered or not delivered:
+                await self._obey(script, max(job.said))
             await self._clock.sleep(script.delay_s)
-            word = script.words[said % len(script.words)]
-            if said and said % len(script.words) == 0:
-                word = f" {word}"
-            said += 1
             for choice, stops in enumerate(texts):
-                if reasons[choice] is not None:
-                    continue
-                text, reasons[choice] = self._end_of(job, word, said, stops)
-                job.mailbox.put(Delta(choice, text, (token_id(word),), _logprobs(request, word)))
-        usage = Usage(job.prompt_tokens, said * request.n)
+                if reasons[choice] is None:
+                    word, text, reasons[choice] = self._next(job, choice, stops)
+                    job.mailbox.put(Delta(choice, text, (token_id(word),), _logprobs(request, word)))
+        usage = Usage(job.prompt_tokens, sum(job.said))
         job.mailbox.put(Finished(tuple(reason for reason in reasons if reason is not None), usage))
 
     async def _obey(self, script: Script, said: int) -> None:
@@ -312,6 +340,15 @@ class EchoEngine:
             raise ReplicaLost(LOST)
         if script.hang_after == said:
             await asyncio.Event().wait()
+
+    def _next(self, job: _Job, choice: int, stops: StopMatcher) -> tuple[str, str, FinishReason | None]:
+        """The choice's next word, the text that is ready with it, and why it ends, if it does."""
+        words, said = job.script.words, job.said[choice]
+        word = words[said % len(words)]
+        if said and said % len(words) == 0:
+            word = f" {word}"
+        job.said[choice] += 1
+        return word, *self._end_of(job, word, said + 1, stops)
 
     def _end_of(self, job: _Job, word: str, said: int, stops: StopMatcher) -> tuple[str, FinishReason | None]:
         request = job.request

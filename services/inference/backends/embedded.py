@@ -1,4 +1,4 @@
-"""The engine port over a child process that runs the loop with torch. This process never imports torch.
+"""The engine port over a child process that runs the loop. This process never imports torch.
 
 The child may die, hang or be stopped; this side sees it, tells it by health, ends what ran with ReplicaLost,
 and starts the next one. A job is kept until the child has said its last word about it: so a slot counts as
@@ -10,7 +10,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
-from collections.abc import AsyncGenerator, AsyncIterator, Mapping
+from collections.abc import AsyncGenerator, AsyncIterator, Callable, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
@@ -32,6 +32,7 @@ from services.inference.engine.port import (
     Usage,
 )
 from services.inference.engine.process import EngineProcess
+from services.inference.engine.resumption import check_delivered
 from services.inference.engine.watchdog import Timeouts, Watchdog
 from services.mesh.clock import Clock
 from services.mesh.errors import (
@@ -48,6 +49,11 @@ from services.mesh.errors import (
 )
 
 logger = logging.getLogger(__name__)
+
+STEP_MEAN_WEIGHT = 0.1
+"""Of the newest step in the moving mean of step times: ten steps make up most of it."""
+Observer = Callable[[frames.EngineState, frames.EngineState], None]
+"""Given the states before and after a step; before the first step of a process that is an empty one."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -100,16 +106,22 @@ class _Job:
 class EmbeddedEngine:
     """An `Engine`."""
 
-    def __init__(self, config: EmbeddedConfig, clock: Clock) -> None:
+    def __init__(
+        self, config: EmbeddedConfig, clock: Clock, observe: Observer = lambda before, now: None
+    ) -> None:
         self._config = config
         self._clock = clock
+        self._observe = observe
         self._health = HealthState("not started")
         self._jobs: dict[int, _Job] = {}
         self._next_job = 0
         self._process: EngineProcess | None = None
         self._ready: frames.Ready | None = None
         self._model = ModelInfo(config.model_id)
-        self._load = Load(0, 0)
+        self._state = frames.EngineState()
+        self._load = self._idle = Load(
+            running=0, waiting=0, max_running=config.max_running, max_waiting=config.max_waiting
+        )
         self._restarts = 0
         self._supervisor: asyncio.Task[None] | None = None
         self._watchdog: Watchdog | None = None
@@ -131,6 +143,7 @@ class EmbeddedEngine:
         self._end_all(Draining, "The engine is shutting down.")
 
     async def generate(self, request: GenerationRequest) -> AsyncGenerator[EngineEvent, None]:
+        check_delivered(request)
         process = self._admit(request.model, request.prompt, request.n)
         job_id, job = self._new_job(request.n)
         try:
@@ -201,7 +214,7 @@ class EmbeddedEngine:
 
     def _end_all(self, error: type[LlmosError], message: str) -> None:
         jobs, self._jobs = self._jobs, {}
-        self._load = Load(0, 0)
+        self._load, self._state = self._idle, frames.EngineState()
         for job in jobs.values():
             job.fail(error(message))
 
@@ -251,8 +264,8 @@ class EmbeddedEngine:
     def _take(self, report: frames.Report) -> str:
         """One report; returns why the child will end, where it says so."""
         match report:
-            case frames.StepReport(events, running, waiting):
-                self._load = Load(running, waiting)
+            case frames.StepReport(events):
+                self._measure(report)
                 for event in events:
                     self._dispatch(event)
             case frames.Ready(model):
@@ -266,19 +279,39 @@ class EmbeddedEngine:
                 return f"the model cannot be loaded: {text}"
         return ""
 
+    def _measure(self, report: frames.StepReport) -> None:
+        before, now = self._state, report.state
+        mean_s = self._load.step_s
+        if now.step_s:
+            mean_s = mean_s + STEP_MEAN_WEIGHT * (now.step_s - mean_s) if mean_s else now.step_s
+        self._state = now
+        self._load = replace(
+            self._load,
+            running=report.running,
+            waiting=report.waiting,
+            waiting_tokens=now.waiting_tokens,
+            kv_pages_used=now.kv_pages_used,
+            kv_pages=now.kv_pages,
+            step_s=mean_s,
+        )
+        self._observe(before, now)
+
     def _dispatch(self, event: frames.JobEvent) -> None:
         job = self._jobs.get(event.job)
         if job is None:
             raise frames.FrameError(f"the engine speaks of job {event.job}, which it does not have")
         match event:
-            case frames.JobStarted(_, prompt_tokens):
+            case frames.JobStarted(_, prompt_tokens, cached_tokens):
                 model = self._model
-                started = Started(model.revision, model.numerics_id, model.exact_replay, prompt_tokens)
-                job.mailbox.put(started)
+                job.mailbox.put(
+                    Started(
+                        model.revision, model.numerics_id, model.exact_replay, prompt_tokens, cached_tokens
+                    )
+                )
             case frames.JobDelta(_, choice, text, token_ids, logprobs):
                 job.mailbox.put(Delta(choice, text, token_ids, logprobs))
-            case frames.JobFinished(job_id, reasons, prompt_tokens, completion_tokens):
-                usage = Usage(prompt_tokens, completion_tokens)
+            case frames.JobFinished(job_id, reasons, prompt_tokens, completion_tokens, cached_tokens):
+                usage = Usage(prompt_tokens, completion_tokens, cached_tokens)
                 job.mailbox.put(Finished(tuple(map(FinishReason, reasons)), usage))
                 del self._jobs[job_id]
             case frames.JobFailed(job_id, reason, message, violations):

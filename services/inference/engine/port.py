@@ -229,6 +229,10 @@ class Load:
     """0 where the backend has none."""
     step_s: float = 0.0
     """A moving mean of what a step takes."""
+    max_running: int = 0
+    """The most sequences that run at once."""
+    max_waiting: int = 0
+    """The most sequences that wait; more are refused."""
 
 
 class Engine(Protocol):

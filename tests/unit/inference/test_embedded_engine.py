@@ -14,7 +14,7 @@ import pytest
 import pytest_asyncio
 
 from services.inference.backends.embedded import EmbeddedEngine
-from services.inference.engine.port import GenerationRequest, Load, Sampling
+from services.inference.engine.port import GenerationRequest, Sampling
 from services.inference.settings import child_environment
 from services.mesh.clock import SystemClock
 from services.mesh.errors import EngineFault, NoReplica, ReplicaLost
@@ -27,6 +27,7 @@ from tests.framework.engines import (
     embedded_config,
     embedded_engine,
     gather_answers,
+    idle,
     signal_child,
     text_request,
     wait_unhealthy,
@@ -50,7 +51,7 @@ async def shared(tiny_model: Path) -> AsyncIterator[EmbeddedEngine]:
 @pytest_asyncio.fixture(loop_scope="module")
 async def engine(shared: EmbeddedEngine) -> EmbeddedEngine:
     await shared.wait_healthy(START_TIMEOUT_S)
-    await eventually(lambda: replace(shared.load(), restarts=0) == Load(0, 0))
+    await eventually(lambda: idle(shared), what="the engine is idle")
     return shared
 
 
