@@ -29,7 +29,7 @@ from services.inference.settings import InferenceSettings
 from services.mesh import errors
 from services.mesh.channel import Channel
 from services.mesh.clock import SystemClock
-from services.mesh.context import Caller
+from services.mesh.context import Caller, Identity
 from services.mesh.health import Health
 from services.mesh.interceptors import server_chain
 from services.mesh.running import RunningCalls
@@ -76,7 +76,7 @@ async def over_grpc(folder: Path, kind: str) -> AsyncIterator[Subject]:
     health = Health()
 
     async def anybody(method: str, metadata: object, source: str) -> Caller:
-        return Caller()
+        return Caller(Identity("acme", "app"), "service:gateway")
 
     chain = server_chain(
         clock=clock, running=running, authenticator=anybody, max_call_s=30, adopt_request_id=True
@@ -91,7 +91,7 @@ async def over_grpc(folder: Path, kind: str) -> AsyncIterator[Subject]:
     )
     await server.add(
         fleet_service_pb2_grpc.add_FleetServiceServicer_to_server,
-        FleetServicer(engine),
+        FleetServicer(engine, clock),
         "llmos.inference.v1.FleetService",
     )
     await server.start()

@@ -17,16 +17,19 @@ from llmos.inference.v1 import (
     inference_service_pb2_grpc,
 )
 
+from services.mesh import context
 from services.mesh.auth_client import GrpcServiceTokens
 from services.mesh.channel import Channel
 from services.mesh.clock import SystemClock
-from services.mesh.errors import CredentialMissing, NotImplementedYet, ReplicaLost
+from services.mesh.context import Caller, Identity, RequestContext
+from services.mesh.errors import CredentialMissing, DeadlineExceeded, Draining, NotImplementedYet, ReplicaLost
 from services.mesh.tokens import Audience, ServiceTokens
 from tests.framework.mesh import MeshHarness
 from tests.framework.models import TINY_MODEL_ID, make_tiny_model
 from tests.framework.waiting import eventually
 
 CLOCK = SystemClock()
+GENERATE = "/llmos.inference.v1.InferenceService/Generate"
 
 
 class Peer:
@@ -43,10 +46,22 @@ class Peer:
         self.inference = inference_service_pb2_grpc.InferenceServiceStub(self._channel)
         self.fleet = fleet_service_pb2_grpc.FleetServiceStub(self._channel)
 
-    def generate(self, text: str, model: str = "echo", **fields: Any) -> Any:
+    async def generate(
+        self, text: str, model: str = "echo", *, timeout_s: float = 60, **fields: Any
+    ) -> AsyncIterator[Any]:
         spec = generation_pb2.GenerationSpec(model=model, prompt={"text": text}, **fields)
         request = inference_service_pb2.GenerateRequest(request_id="req_test", spec=spec)
-        return self.inference.Generate(request, timeout=60)
+        caller = Caller(Identity("acme", "app"))
+        asked = RequestContext("req_test", GENERATE, deadline_s=CLOCK.monotonic() + timeout_s, caller=caller)
+        token = context.enter(asked)
+        try:
+            call = aiter(self.inference.Generate(request))
+            first = await anext(call)  # takes the caller along
+        finally:
+            context.leave(token)
+        yield first
+        async for event in call:
+            yield event
 
     async def close(self) -> None:
         await self._tokens.close()
@@ -86,6 +101,10 @@ async def test_the_gateway_is_served_and_nobody_else(mesh: MeshHarness, gateway:
     )
     assert count.prompt_tokens == 3
 
+    watch = aiter(gateway.fleet.WatchLoad(fleet_service_pb2.WatchLoadRequest(min_interval_ms=10)))
+    load = await anext(watch)
+    assert (load.serving, load.running, load.model) == (True, 0, "echo")
+
     with pytest.raises(NotImplementedYet):
         [event async for event in gateway.generate("x", tools=[{"name": "search"}])]
 
@@ -99,10 +118,14 @@ async def test_the_gateway_is_served_and_nobody_else(mesh: MeshHarness, gateway:
         with pytest.raises(CredentialMissing):
             await call
     await anonymous.close()
-    assert await mesh.stop("inference") == 0
+    # A watch does not hold up the drain, and ends with a word.
+    stopping = asyncio.create_task(mesh.stop("inference"))
+    with pytest.raises(Draining):
+        _ = [load async for load in watch]
+    assert await stopping == 0
 
 
-async def test_r08_the_engine_child_dies_and_the_service_tells_the_truth(
+async def test_r09_the_engine_child_is_stopped_or_dies_and_the_service_tells_the_truth(
     mesh: MeshHarness, gateway: Peer, tmp_path: Any
 ) -> None:
     model = await asyncio.to_thread(make_tiny_model, tmp_path / TINY_MODEL_ID)
@@ -110,10 +133,22 @@ async def test_r08_the_engine_child_dies_and_the_service_tells_the_truth(
     await mesh.start("auth", "inference")
     fields = {"max_tokens": 4000, "ignore_eos": True, "sampling": {"temperature": 0}}
 
-    streams = [aiter(gateway.generate(f"story {n}", TINY_MODEL_ID, **fields)) for n in range(4)]
+    streams = [gateway.generate(f"story {n}", TINY_MODEL_ID, **fields) for n in range(4)]
     for stream in streams:
         await anext(stream)
     (child,) = mesh.children("inference")
+    stopped_s = CLOCK.monotonic()
+    child.send_signal(signal.SIGSTOP)
+    with pytest.raises(DeadlineExceeded):
+        _ = [event async for event in gateway.generate("now", TINY_MODEL_ID, timeout_s=1)]
+    assert CLOCK.monotonic() - stopped_s < 2
+    await mesh.wait_not_serving("inference", timeout_s=5)
+    assert CLOCK.monotonic() - stopped_s < 5
+    child.send_signal(signal.SIGCONT)
+    await mesh.wait_ready("inference")
+    for stream in streams:
+        await anext(stream)  # they go on
+
     child.send_signal(signal.SIGKILL)
     await mesh.wait_not_serving("inference", timeout_s=5)
     for stream in streams:

@@ -38,6 +38,7 @@ from services.mesh.clock import Clock
 from services.mesh.errors import (
     BY_REASON,
     ContextLengthExceeded,
+    DeadlineExceeded,
     Draining,
     EngineFault,
     LlmosError,
@@ -146,6 +147,7 @@ class EmbeddedEngine:
         check_delivered(request)
         process = self._admit(request.model, request.prompt, request.n)
         job_id, job = self._new_job(request.n)
+        deadline = asyncio.create_task(self._expire(job, request.timeout_s), name="engine-deadline")
         try:
             process.post(frames.Submit(job_id, request))
             while True:
@@ -154,6 +156,7 @@ class EmbeddedEngine:
                 if isinstance(event, Finished):
                     return
         finally:
+            deadline.cancel()
             # Without waiting: this also runs where the reader's task is being cancelled.
             if job_id in self._jobs and process is self._process:
                 process.post(frames.Cancel(job_id))
@@ -212,9 +215,14 @@ class EmbeddedEngine:
         job = self._jobs[self._next_job] = _Job(sequences)
         return self._next_job, job
 
+    async def _expire(self, job: _Job, timeout_s: float | None) -> None:
+        """The child keeps deadlines as well; this one holds where the child is stopped or hangs."""
+        if timeout_s is not None:
+            await self._clock.sleep(timeout_s)
+            job.fail(DeadlineExceeded("The deadline passed before the answer was complete."))
+
     def _end_all(self, error: type[LlmosError], message: str) -> None:
         jobs, self._jobs = self._jobs, {}
-        self._load, self._state = self._idle, frames.EngineState()
         for job in jobs.values():
             job.fail(error(message))
 
@@ -255,6 +263,7 @@ class EmbeddedEngine:
             # First of all the truth: nothing is served from here on.
             self._ready = None
             self._process = self._watchdog = None
+            self._load, self._state = self._idle, frames.EngineState()
             self._health.set(serving=False, detail=reason or "the engine is gone")
             if process is not None:
                 ended = await process.close()

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import AsyncIterator
 from typing import Any
 
+import msgspec
 import pytest
 from opentelemetry import metrics, trace
 from opentelemetry.sdk.metrics import MeterProvider
@@ -14,7 +15,8 @@ from opentelemetry.sdk.trace.export import SimpleSpanProcessor
 from opentelemetry.sdk.trace.export.in_memory_span_exporter import InMemorySpanExporter
 
 from services.inference.backends.echo import EchoConfig, EchoEngine
-from services.inference.telemetry import MeasuredEngine
+from services.inference.engine.frames import EngineState
+from services.inference.telemetry import MeasuredEngine, StepInstruments
 from services.mesh.clock import SystemClock
 from services.mesh.errors import EngineFault
 from tests.framework.engines import answer, begin, text_request
@@ -81,6 +83,32 @@ async def test_what_runs_and_waits_is_told(measures: Measures) -> None:
     await stream.aclose()
     assert [point.value for point in measures.points("llmos.engine.sequences_running")] == [0]
     assert [point.value for point in measures.points("llmos.engine.restarts")] == [0]
+
+
+async def test_the_load_is_told(measures: Measures) -> None:
+    stream = await begin(measures.engine, text_request("echo", "[[hang_after=1]] a b"))
+    assert [point.value for point in measures.points("llmos.engine.kv_pages_used")] == [1]
+    assert [point.value for point in measures.points("llmos.engine.kv_pages")] == [8 * 512]
+    assert [point.value for point in measures.points("llmos.engine.prompt_tokens_waiting")] == [0]
+    await stream.aclose()
+
+
+async def test_steps_are_measured_and_counters_go_on_after_a_restart(measures: Measures) -> None:
+    steps = StepInstruments()
+    nothing = EngineState()
+    first = EngineState(
+        step_sequences=3, step_tokens=66, step_s=0.02, prefix_tokens=64, prefix_hit_tokens=16, preemptions=1
+    )
+    steps.record(nothing, first)
+    steps.record(first, msgspec.structs.replace(first, step_s=0.0))  # nothing was computed
+    steps.record(nothing, first)  # another process
+    (time,) = measures.points("llmos.engine.step_time")
+    assert (time.count, time.sum) == (2, pytest.approx(0.04))
+    (rows,) = measures.points("llmos.engine.step_sequences")
+    (tokens,) = measures.points("llmos.engine.step_tokens")
+    assert (rows.max, tokens.max) == (3, 66)
+    for name, value in (("prefix_tokens", 128), ("prefix_hit_tokens", 32), ("preemptions", 2)):
+        assert [point.value for point in measures.points(f"llmos.engine.{name}")] == [value]
 
 
 async def test_a_failure_and_a_reader_that_left_are_spans_too(measures: Measures) -> None:

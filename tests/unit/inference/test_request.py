@@ -3,25 +3,28 @@
 from __future__ import annotations
 
 import pytest
+from google.protobuf.message import Message
 from llmos.common.v1 import finish_reason_pb2
 from llmos.gateway.v1 import generation_pb2, model_service_pb2
-from llmos.inference.v1 import inference_service_pb2
+from llmos.inference.v1 import fleet_service_pb2, inference_service_pb2
 
 from services.inference import request as requests
+from services.inference.engine import port
 from services.inference.engine.port import (
     Alternative,
     Capability,
     Delta,
     Finished,
     FinishReason,
-    Message,
     ModelInfo,
+    Priority,
     Role,
     Started,
     TokenLogprob,
     Usage,
 )
 from services.mesh.errors import NotImplementedYet, RequestInvalid
+from services.mesh.validation import validate
 
 USER = generation_pb2.ROLE_USER
 
@@ -31,9 +34,9 @@ def spec(**fields: object) -> generation_pb2.GenerationSpec:
     return generation_pb2.GenerationSpec(**({"model": "m", "prompt": prompt} | fields))  # type: ignore[arg-type]
 
 
-def parse(found: generation_pb2.GenerationSpec) -> requests.GenerationRequest:
-    message = inference_service_pb2.GenerateRequest(request_id="req_1", spec=found)
-    return requests.parse_generate(message, timeout_s=2.5)
+def parse(found: generation_pb2.GenerationSpec, **fields: object) -> requests.GenerationRequest:
+    message = inference_service_pb2.GenerateRequest(request_id="req_1", spec=found, **fields)  # type: ignore[arg-type]
+    return requests.parse_generate(message, tenant="acme", timeout_s=2.5)
 
 
 def chat(*messages: generation_pb2.ChatMessage) -> generation_pb2.Prompt:
@@ -47,7 +50,8 @@ def said(role: generation_pb2.Role.ValueType, *texts: str, **fields: object) -> 
 
 def test_what_is_not_set_is_left_to_the_model() -> None:
     parsed = parse(spec())
-    assert (parsed.n, parsed.max_tokens, parsed.timeout_s) == (1, None, 2.5)
+    assert (parsed.n, parsed.max_tokens, parsed.timeout_s, parsed.tenant) == (1, None, 2.5, "acme")
+    assert parsed.delivered == ()
     sampling = parsed.sampling
     assert (sampling.temperature, sampling.top_p, sampling.top_k, sampling.min_p) == (None,) * 4
     assert sampling.repetition_penalty is None
@@ -86,6 +90,55 @@ def test_everything_that_is_set_arrives() -> None:
     assert (parsed.n, parsed.logprobs, parsed.top_logprobs, parsed.ignore_eos) == (3, True, 2, True)
 
 
+def test_what_was_delivered_arrives() -> None:
+    delivered = [{"token_ids": [5, 6]}, {}]
+    assert parse(spec(n=2), delivered=delivered).delivered == ((5, 6), ())
+
+
+def test_a_priority_arrives_and_none_is_interactive() -> None:
+    """A gateway of the version before sends none."""
+    assert parse(spec()).priority is Priority.INTERACTIVE
+    given = inference_service_pb2.PRIORITY_INTERACTIVE, inference_service_pb2.PRIORITY_BATCH
+    assert [parse(spec(), priority=each).priority for each in given] == [
+        Priority.INTERACTIVE,
+        Priority.BATCH,
+    ]
+
+
+@pytest.mark.parametrize(
+    ("n", "entries", "fits"),
+    [(0, 0, True), (0, 1, True), (1, 2, False), (2, 1, False), (2, 2, True), (8, 8, True)],
+)
+def test_delivered_has_an_entry_for_each_choice_or_none(n: int, entries: int, fits: bool) -> None:
+    message = inference_service_pb2.GenerateRequest(request_id="r", spec=spec(n=n), delivered=[{}] * entries)
+    if fits:
+        validate(message)
+    else:
+        with pytest.raises(RequestInvalid, match="one entry for each choice"):
+            validate(message)
+
+
+@pytest.mark.parametrize(
+    "message",
+    [
+        inference_service_pb2.GenerateRequest(request_id="r", spec=spec(), priority=9),  # type: ignore[arg-type]
+        inference_service_pb2.GenerateRequest(request_id="r", spec=spec(), after_seq=2**63),
+        fleet_service_pb2.WatchLoadRequest(min_interval_ms=9),
+        fleet_service_pb2.WatchLoadRequest(heartbeat_ms=60_001),
+    ],
+    ids=str,
+)
+def test_what_is_out_of_range_is_refused(message: Message) -> None:
+    with pytest.raises(RequestInvalid):
+        validate(message)
+
+
+def test_the_pace_of_a_watch_has_defaults() -> None:
+    assert requests.parse_watch(fleet_service_pb2.WatchLoadRequest()) == (0.1, 1.0)
+    given = fleet_service_pb2.WatchLoadRequest(min_interval_ms=2000, heartbeat_ms=50)
+    assert requests.parse_watch(given) == (2.0, 2.0)
+
+
 def test_a_conversation_arrives_with_its_parts_joined() -> None:
     prompt = chat(
         said(generation_pb2.ROLE_SYSTEM, "Be brief."),
@@ -93,9 +146,9 @@ def test_a_conversation_arrives_with_its_parts_joined() -> None:
         said(generation_pb2.ROLE_ASSISTANT, "A colour."),
     )
     assert parse(spec(prompt=prompt)).prompt.messages == (
-        Message(Role.SYSTEM, "Be brief."),
-        Message(Role.USER, "What is red?"),
-        Message(Role.ASSISTANT, "A colour."),
+        port.Message(Role.SYSTEM, "Be brief."),
+        port.Message(Role.USER, "What is red?"),
+        port.Message(Role.ASSISTANT, "A colour."),
     )
 
 
@@ -123,9 +176,10 @@ def test_an_empty_prompt_is_refused() -> None:
 
 
 def test_events_become_messages() -> None:
-    started = requests.event_message(Started("rev", "num", True, 9), seq=0, replica="inference-0").started
+    started = requests.event_message(Started("rev", "num", True, 9, 4), seq=0, replica="inference-0").started
     assert (started.model_revision, started.numerics_id, started.exact_replay) == ("rev", "num", True)
-    assert (started.prompt_tokens, started.replica) == (9, "inference-0")
+    assert (started.prompt_tokens, started.cached_prompt_tokens) == (9, 4)
+    assert started.replica == "inference-0"
 
     logprob = TokenLogprob(Alternative(5, b"a", -0.5), (Alternative(6, b"b", -1.5),))
     delta = requests.event_message(Delta(1, "a", (5,), (logprob,)), seq=4, replica="r").delta
