@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass, field
-
-import numpy as np
 
 from services.inference.engine.detokenizer import Detokenizer, TokenTable
 from services.inference.engine.frames import JobDelta
-from services.inference.engine.port import Alternative, FinishReason, GenerationRequest, TokenLogprob
+from services.inference.engine.logprobs import token_logprob
+from services.inference.engine.port import FinishReason, GenerationRequest
 from services.inference.engine.row_step import Logits
 from services.inference.engine.sampler import Sampler
 from services.inference.engine.stopping import StopMatcher
@@ -66,32 +64,21 @@ def take_token(
     request = job.request
     if token in eos and not request.ignore_eos:
         choice.reason = FinishReason.END_OF_SEQUENCE
-        text = choice.stops.flush()
+        text = _rest(choice)
     elif token in request.stop_token_ids:
         choice.reason = FinishReason.STOP
-        text = choice.stops.flush()
+        text = _rest(choice)
     else:
         text = choice.stops.push(choice.detokenizer.push(token))
         if choice.stops.stopped:
             choice.reason = FinishReason.STOP
         elif choice.tokens >= job.max_tokens:
             choice.reason = FinishReason.LENGTH
-            text += choice.stops.flush()
+            text += _rest(choice)
     logprobs = (token_logprob(logits, token, request.top_logprobs, table),) if request.logprobs else ()
     return JobDelta(job.id, choice.index, text, (token,), logprobs)
 
 
-def token_logprob(logits: Logits, token: int, top: int, table: TokenTable) -> TokenLogprob:
-    """Natural log probabilities of the chosen token and of the `top` most probable; equals by lower id."""
-    scores = logits.astype(np.float64)
-    scores -= scores.max()
-    scores -= np.log(np.exp(scores).sum())
-    ranked: Sequence[int] = ()
-    if top:
-        candidates = np.flatnonzero(scores >= np.partition(scores, -top)[-top])
-        ranked = candidates[np.argsort(-scores[candidates], kind="stable")][:top].tolist()
-
-    def alternative(index: int) -> Alternative:
-        return Alternative(index, table.raw(index), float(scores[index]))
-
-    return TokenLogprob(alternative(token), tuple(alternative(index) for index in ranked))
+def _rest(choice: Choice) -> str:
+    """What was held back, where the text ends without a stop string."""
+    return choice.stops.push(choice.detokenizer.flush()) + choice.stops.flush()

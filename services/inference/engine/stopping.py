@@ -16,42 +16,57 @@ class StopMatcher:
     def __init__(self, stops: Sequence[str]) -> None:
         if any(not stop for stop in stops):
             raise ValueError("a stop string is not empty")
-        self._stops = tuple(stops)
+        self._watches = [_Watch(stop) for stop in stops]
         self._held = ""
         self.stopped = False
 
     def push(self, text: str) -> str:
-        """Takes the next piece; returns what is safe to emit. After `stopped`, nothing more."""
+        """Takes the next piece; returns what is safe to emit. After `stopped`, nothing more.
+
+        What was delivered elsewhere can be pushed as one piece: the state is the same.
+        """
         if self.stopped:
             return ""
-        if not self._stops:
-            return text
         buffer = self._held + text
-        cut = self._first_stop(buffer)
-        if cut is not None:
-            self.stopped = True
-            self._held = ""
-            return buffer[:cut]
-        keep = self._possible_beginning(buffer)
-        self._held = buffer[len(buffer) - keep :]
-        return buffer[: len(buffer) - keep]
+        for end, character in enumerate(text, len(self._held) + 1):
+            completed = [len(watch.stop) for watch in self._watches if watch.take(character)]
+            if completed:
+                self.stopped = True
+                self._held = ""
+                return buffer[: end - max(completed)]
+        safe = len(buffer) - max((watch.matched for watch in self._watches), default=0)
+        self._held = buffer[safe:]
+        return buffer[:safe]
 
     def flush(self) -> str:
         """The text ends without a stop string: returns what was held back."""
         held, self._held = self._held, ""
         return held
 
-    def _first_stop(self, buffer: str) -> int | None:
-        """Where the stop string begins that is completed first."""
-        found = [(start + len(stop), start) for stop in self._stops if (start := buffer.find(stop)) >= 0]
-        return min(found)[1] if found else None
 
-    def _possible_beginning(self, buffer: str) -> int:
-        """The length of the longest end of `buffer` with which a stop string begins."""
-        longest = 0
-        for stop in self._stops:
-            for length in range(min(len(stop) - 1, len(buffer)), longest, -1):
-                if buffer.endswith(stop[:length]):
-                    longest = length
-                    break
-        return longest
+class _Watch:
+    """One stop string against the text, a character at a time (Knuth, Morris and Pratt).
+
+    Its cost does not depend on what the strings are: the caller chooses them, and the model their text.
+    """
+
+    def __init__(self, stop: str) -> None:
+        self.stop = stop
+        self.matched = 0
+        """How much of the stop string the text ends with."""
+        self._shorter = [0] * (len(stop) + 1)
+        """By length of a beginning of the stop string: the next shorter beginning that it ends with."""
+        shorter = 0
+        for length in range(2, len(stop) + 1):
+            shorter = self._longer(shorter, stop[length - 1])
+            self._shorter[length] = shorter
+
+    def take(self, character: str) -> bool:
+        """Whether the stop string is complete."""
+        self.matched = self._longer(self.matched, character)
+        return self.matched == len(self.stop)
+
+    def _longer(self, matched: int, character: str) -> int:
+        while matched and self.stop[matched] != character:
+            matched = self._shorter[matched]
+        return matched + (self.stop[matched] == character)

@@ -53,6 +53,28 @@ def test_nothing_is_said_that_would_have_to_be_taken_back(
             assert len(seen) - len(said) < longest
 
 
+@given(letters, letters, stop_lists, st.lists(st.integers(0, 100), max_size=8))
+def test_what_was_delivered_elsewhere_can_be_pushed_as_one_piece(
+    delivered: str, rest: str, stops: list[str], cuts: list[int]
+) -> None:
+    undisturbed, replayed = StopMatcher(stops), StopMatcher(stops)
+    said = "".join(undisturbed.push(piece) for piece in pieces_of(delivered, cuts))
+    assert replayed.push(delivered) == said
+    assert replayed.stopped == undisturbed.stopped
+    assert [replayed.push(character) for character in rest] == [
+        undisturbed.push(character) for character in rest
+    ]
+    assert replayed.flush() == undisturbed.flush()
+
+
+def test_stop_strings_of_any_unicode() -> None:
+    matcher = StopMatcher(["👩‍👩‍👧!", "\0", "\u202eend"])
+    assert matcher.push("é 👩‍👩‍") == "é "
+    assert matcher.push("👧?\u202e") == "👩‍👩‍👧?"
+    assert matcher.push("end") == ""
+    assert matcher.stopped
+
+
 def test_a_border_inside_a_stop_string() -> None:
     matcher = StopMatcher(["###"])
     assert [matcher.push(piece) for piece in ("Answer: 42 #", "#", "# and more")] == ["Answer: 42 ", "", ""]
