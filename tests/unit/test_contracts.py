@@ -28,6 +28,7 @@ UNLIMITED = {
     "llmos.gateway.v1.GenerationSpec.stop_token_ids": "token ids; the engine knows its vocabulary",
     "llmos.gateway.v1.TokenIds.ids": "token ids; the engine knows its vocabulary",
     "llmos.gateway.v1.ResumeGenerateRequest.after_seq": "a place; one after the end gives nothing",
+    "llmos.inference.v1.DeliveredChoice.token_ids": "token ids; the engine knows its vocabulary",
     "llmos.logging.v1.TailRequest.after_position": "a place; one after the end gives nothing",
     "llmos.logging.v1.SyncProducerRequest.epoch": "counts lives of a spool, from 1",
     "llmos.logging.v1.EventPlace.epoch": "counts lives of a spool, from 1",
@@ -39,6 +40,7 @@ UNLIMITED = {
 """Fields of requests without an upper limit, each with the reason why it needs none."""
 
 ZERO_IS_NOT_SET = {
+    "llmos.inference.v1.GenerateRequest.priority": "a gateway of before there were priorities sends none",
     "llmos.logging.v1.RequestFilter.outcome": "a filter's fields that are not set do not filter",
 }
 """Enum fields of requests that do not refuse zero."""
