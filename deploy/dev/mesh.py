@@ -139,7 +139,7 @@ class Mesh:
             if code != 0:
                 clean = False
                 self._say(f"{name:<10} ended with exit code {code}")
-        if self._broker is not None:
+        if self._broker is not None and "kafka" in self._started_s:
             self._say("kafka      stops")
             await self._broker.stop()
         self.state.forget()

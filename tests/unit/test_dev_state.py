@@ -15,6 +15,7 @@ import pytest
 from deploy.dev import ports
 from deploy.dev.broker import Broker
 from deploy.dev.environment import Plan
+from deploy.dev.mesh import Mesh
 from deploy.dev.state import CannotStart, State
 
 
@@ -55,6 +56,27 @@ def test_a_second_mesh_is_kept_out(tmp_path: Path) -> None:
         second.lock()
     second.forget()  # what did not get the lock leaves the record alone
     assert (tmp_path / "run" / "mesh.json").exists()
+
+
+async def test_a_mesh_that_was_refused_stops_nothing_and_says_nothing(tmp_path: Path) -> None:
+    first = State(tmp_path)
+    first.lock()
+    said: list[str] = []
+    second = Mesh(
+        State(tmp_path),
+        mesh_ports=ports.with_offset(0),
+        bootstrap=None,
+        dist=tmp_path,
+        models=tmp_path,
+        tls=False,
+        settings={},
+        say=said.append,
+        on_line=None,
+    )
+    with pytest.raises(CannotStart, match="runs already"):
+        await second.start()
+    await second.drain()
+    assert said == []
 
 
 def test_what_a_killed_mesh_has_left_is_named_and_can_be_ended(tmp_path: Path) -> None:
