@@ -4,10 +4,9 @@ from __future__ import annotations
 
 from datetime import UTC
 
-import grpc
 from llmos.auth.v1 import token_service_pb2, token_service_pb2_grpc
 
-from services.mesh import status
+from services.mesh.channel import Channel
 from services.mesh.tokens import Audience, IssuedToken
 
 _AUDIENCES = {
@@ -21,15 +20,12 @@ _AUDIENCES = {
 class GrpcJwks:
     """A `JwksPort`."""
 
-    def __init__(self, channel: grpc.aio.Channel, *, timeout_s: float = 5.0) -> None:
+    def __init__(self, channel: Channel, *, timeout_s: float = 5.0) -> None:
         self._stub = token_service_pb2_grpc.TokenServiceStub(channel)
         self._timeout_s = timeout_s
 
     async def fetch(self) -> str:
-        try:
-            response = await self._stub.GetJwks(token_service_pb2.GetJwksRequest(), timeout=self._timeout_s)
-        except grpc.aio.AioRpcError as error:
-            raise status.from_rpc_error(error) from None
+        response = await self._stub.GetJwks(token_service_pb2.GetJwksRequest(), timeout=self._timeout_s)
         return response.jwks_json
 
 
@@ -37,7 +33,7 @@ class GrpcServiceTokens:
     """A `TokenPort`. The client secret is the only credential that it sends."""
 
     def __init__(
-        self, channel: grpc.aio.Channel, *, client_id: str, client_secret: str, timeout_s: float = 5.0
+        self, channel: Channel, *, client_id: str, client_secret: str, timeout_s: float = 5.0
     ) -> None:
         self._stub = token_service_pb2_grpc.TokenServiceStub(channel)
         self._client_id = client_id
@@ -48,9 +44,6 @@ class GrpcServiceTokens:
         request = token_service_pb2.IssueTokenRequest(
             client_id=self._client_id, client_secret=self._client_secret, audience=_AUDIENCES[audience]
         )
-        try:
-            response = await self._stub.IssueToken(request, timeout=self._timeout_s)
-        except grpc.aio.AioRpcError as error:
-            raise status.from_rpc_error(error) from None
+        response = await self._stub.IssueToken(request, timeout=self._timeout_s)
         issued = response.access_token
         return IssuedToken(issued.token, issued.expire_time.ToDatetime(tzinfo=UTC))

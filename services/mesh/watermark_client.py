@@ -2,17 +2,16 @@
 
 from __future__ import annotations
 
-import grpc
 from llmos.logging.v1 import watermark_service_pb2, watermark_service_pb2_grpc
 
-from services.mesh import status
 from services.mesh.audit_protocol import ProducerAnswer, ProducerReport
+from services.mesh.channel import Channel
 
 
 class GrpcWatermarks:
-    """Works on any channel; one of `mesh.channel` carries this service's token."""
+    """The channel carries this service's token."""
 
-    def __init__(self, channel: grpc.aio.Channel, *, timeout_s: float = 5.0) -> None:
+    def __init__(self, channel: Channel, *, timeout_s: float = 5.0) -> None:
         self._stub = watermark_service_pb2_grpc.WatermarkServiceStub(channel)
         self._timeout_s = timeout_s
 
@@ -23,9 +22,6 @@ class GrpcWatermarks:
         if report.settled_before is not None:
             request.settled_before.epoch = report.settled_before.epoch
             request.settled_before.sequence = report.settled_before.sequence
-        try:
-            response = await self._stub.SyncProducer(request, timeout=self._timeout_s)
-        except grpc.aio.AioRpcError as error:
-            raise status.from_rpc_error(error) from None
+        response = await self._stub.SyncProducer(request, timeout=self._timeout_s)
         watermarks = {mark.epoch: mark.watermark_sequence for mark in response.watermarks}
         return ProducerAnswer(watermarks, response.fenced, response.next_epoch)
