@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import ast
 import re
+import sys
 import tomllib
+from collections.abc import Iterator
+from importlib import metadata
 from pathlib import Path
 
 import pytest
@@ -39,6 +43,32 @@ def test_each_group_that_is_installed_has_a_lock_that_agrees_with_dev() -> None:
 def test_these_never_see_torch(name: str) -> None:
     group = pins(ROOT / "requirements" / f"{name}.txt")
     assert not {"torch", "transformers", "numpy"} & group.keys()
+
+
+SERVED = {name: ["services/mesh", f"services/{name}"] for name in ("gateway", "auth", "inference", "logging")}
+SERVED["client"] = ["clients/python"]
+OURS = {"services", "llmos", "llmos_client", "buf"}
+
+
+@pytest.mark.parametrize("name", SERVED)
+def test_what_is_imported_is_in_the_lock(name: str) -> None:
+    group = pins(ROOT / "requirements" / f"{name}.txt")
+    files = [file for folder in SERVED[name] for file in (ROOT / folder).rglob("*.py")]
+    modules = {module for file in files for module in imported(ast.parse(file.read_text()))}
+    distributions = metadata.packages_distributions()
+    for module in sorted(modules - OURS - sys.stdlib_module_names):
+        # A module may come from any of several distributions, as google does.
+        names = {found.lower().replace("_", "-") for found in distributions[module]}
+        assert names & group.keys(), module
+
+
+def imported(tree: ast.AST) -> Iterator[str]:
+    """The outermost modules."""
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Import):
+            yield from (alias.name.partition(".")[0] for alias in node.names)
+        elif isinstance(node, ast.ImportFrom) and node.module and not node.level:
+            yield node.module.partition(".")[0]
 
 
 def test_the_brokers_jars_are_locked_by_digest() -> None:
