@@ -41,10 +41,15 @@ class InferenceSettings(ServiceSettings):
     model_id: str = Field(default="", max_length=128, pattern=r"^[A-Za-z0-9._/-]*$")
     """What requests call the model; empty: the packaged model's id, or the name of `model_path`."""
     dtype: Literal["auto", "bfloat16", "float32"] = "auto"
-    """`auto` is bfloat16 where the CPU computes it (AVX-512), else float32, which is then the faster one.
+    """Of the weights. `auto` is bfloat16; float32 only where torch computes on a CPU without AVX-512.
     float32 gives the tokens of transformers' own `generate`."""
+    kernels: Literal["auto", "native", "torch"] = "auto"
+    """What computes a step: on a CPU `auto` is the native library, built with the machine's C compiler on
+    first use, and torch where that cannot be had."""
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    """`auto` is CUDA where there is one."""
     threads: int = Field(default=0, ge=0, le=1024)
-    """For one operation; 0 takes all cores that the process may use."""
+    """For a step; 0 takes all cores that the process may use."""
 
     max_running: int = Field(default=16, ge=1, le=4096)
     """Sequences that run at once; a request with n choices counts n."""
@@ -52,8 +57,15 @@ class InferenceSettings(ServiceSettings):
     """Sequences that wait for a slot; more are refused at once."""
     max_output_tokens: int = Field(default=4096, ge=1)
     """The most that a choice may have, whatever the request asks for."""
-    prefill_chunk_tokens: int = Field(default=64, ge=1, le=65_536)
-    """How much of a prompt one step computes; part of what makes numbers repeatable."""
+    max_prefill_tokens: int = Field(default=256, ge=16, le=65_536)
+    """Of prompts, in one step."""
+    step_target_ms: float = Field(default=100, ge=1, le=10_000)
+    """Aimed at for a step that computes prompts beside others' answers: their time between two tokens."""
+    kv_cache_bytes: int = Field(default=0, ge=0)
+    """For keys and values, what is kept of finished prompts included; 0 takes half of the memory that is
+    available (the cgroup's limit counts), and never more than max_running whole contexts need."""
+    prefix_cache: bool = True
+    """Whether the beginning of a prompt that the tenant has sent before is kept and found again."""
 
     load_timeout_s: PositiveSeconds = 900
     """For loading the model, its conversion on first use included."""

@@ -291,9 +291,8 @@ async def test_the_load_is_told(subject: Subject) -> None:
     await eventually(lambda: subject.engine.load().waiting == 1)
     load = subject.engine.load()
     assert load.running == MAX_RUNNING
-    if not subject.cannot_resume:
-        assert load.waiting_tokens >= 8
-        assert MAX_RUNNING <= load.kv_pages_used <= load.kv_pages
+    assert load.waiting_tokens >= 8
+    assert MAX_RUNNING <= load.kv_pages_used <= load.kv_pages
     for stream in running:
         await stream.aclose()
     await waiting
@@ -313,7 +312,6 @@ RESUMED: dict[str, dict[str, object]] = {
 @pytest.mark.parametrize("case", RESUMED)
 async def test_r05_a_request_goes_on_after_what_was_delivered(subject: Subject, case: str) -> None:
     """At every cut, what comes is what is missing of the undisturbed run."""
-    resumable(subject)
     fields: dict[str, object] = {"max_tokens": 8, "ignore_eos": True, "logprobs": True} | RESUMED[case]
     if case == "stopped":
         free = (await answer(subject.engine, subject.short(**fields))).texts[0]
@@ -340,7 +338,6 @@ async def test_r05_a_request_goes_on_after_what_was_delivered(subject: Subject, 
 
 
 async def test_what_was_delivered_must_fit_the_request(subject: Subject) -> None:
-    resumable(subject)
     for fields in (
         {"n": 2, "delivered": ((1,),)},
         {"n": 1, "delivered": ((1,), (1,))},
@@ -351,11 +348,6 @@ async def test_what_was_delivered_must_fit_the_request(subject: Subject) -> None
             await answer(subject.engine, subject.short(**fields))
         assert [violation.field for violation in refused.value.violations] == ["delivered"]
     assert (await answer(subject.engine, subject.short(delivered=((),)))).finished
-
-
-def resumable(subject: Subject) -> None:
-    if subject.cannot_resume:
-        pytest.skip(subject.cannot_resume)
 
 
 async def observed(engine: Engine, request: GenerationRequest) -> tuple[Answer, list[dict[int, str]]]:

@@ -28,8 +28,6 @@ class Subject(Protocol):
 
     engine: Engine
     model: str
-    cannot_resume: str
-    """Why `delivered` is not kept yet; empty where it is."""
 
     def short(self, text: str = TEXT, **fields: object) -> GenerationRequest:
         """Ends by itself or by max_tokens, with several tokens."""
@@ -45,7 +43,6 @@ class Subject(Protocol):
 class Echo:
     engine: Engine
     model: str = "echo"
-    cannot_resume: str = ""
 
     @classmethod
     async def make(cls, folder: Path) -> Echo:
@@ -67,7 +64,6 @@ class Echo:
 class Embedded:
     engine: EmbeddedEngine
     model: str = TINY_MODEL_ID
-    cannot_resume: str = "The loop that goes on after delivered tokens comes with the paged KV cache."
 
     @classmethod
     async def make(cls, folder: Path) -> Embedded:

@@ -17,19 +17,19 @@ EMPTY = -1
 _CANDIDATES = 8
 
 
-def candidates(tokens: Sequence[int], vocab_tokens: int) -> list[int]:
-    """What the model may say after `tokens`, most probable first; some may be the same."""
+def candidates(tokens: Sequence[int], below: int) -> list[int]:
+    """What the model may say after `tokens`, most probable first, ids under `below`; some may be the same."""
     digest = hashlib.blake2b(
         np.asarray(tokens, dtype=np.int64).tobytes(), digest_size=4 * _CANDIDATES
     ).digest()
-    return [int(number) % vocab_tokens for number in np.frombuffer(digest, dtype=np.uint32)]
+    return [int(number) % below for number in np.frombuffer(digest, dtype=np.uint32)]
 
 
-def continuation(prompt: Sequence[int], count: int, vocab_tokens: int) -> list[int]:
+def continuation(prompt: Sequence[int], count: int, below: int) -> list[int]:
     """The whole greedy answer, computed without any engine."""
     tokens = list(prompt)
     for _ in range(count):
-        tokens.append(candidates(tokens, vocab_tokens)[0])
+        tokens.append(candidates(tokens, below)[0])
     return tokens[len(prompt) :]
 
 
@@ -45,6 +45,7 @@ class PageModel:
         pages: int,
         vocab_tokens: int,
         context_tokens: int,
+        says_below: int,
         fails_on: Callable[[StepRow], bool] = lambda row: False,
     ) -> None:
         self.pages = pages
@@ -52,6 +53,7 @@ class PageModel:
         self.context_tokens = context_tokens
         self.steps = 0
         self.largest_step_tokens = 0
+        self.says_below = says_below
         self._fails_on = fails_on
         self._pool: npt.NDArray[np.int64] = np.full((pages, PAGE_TOKENS), EMPTY, dtype=np.int64)
 
@@ -83,6 +85,6 @@ class PageModel:
         seen = self._pool[list(row.pages)].ravel()[: row.position + len(row.tokens) - back]
         assert (seen != EMPTY).all(), "a position was never computed"
         logits = np.zeros(self.vocab_tokens, dtype=np.float32)
-        for rank, token in reversed(list(enumerate(candidates(seen.tolist(), self.vocab_tokens)))):
+        for rank, token in reversed(list(enumerate(candidates(seen.tolist(), self.says_below)))):
             logits[token] = 20.0 - rank
         return logits

@@ -64,12 +64,17 @@ class EmbeddedConfig:
     model_id: str
     model_path: Path | None
     models_dir: Path
+    kernels: str
+    device: str
     dtype: str
     threads: int
     max_running: int
     max_waiting: int
     max_output_tokens: int
-    prefill_chunk_tokens: int
+    max_prefill_tokens: int
+    step_target_ms: float
+    kv_cache_bytes: int
+    prefix_cache: bool
     timeouts: Timeouts
     restart_backoff_min_s: float
     restart_backoff_max_s: float
@@ -81,12 +86,17 @@ class EmbeddedConfig:
             model_id=self.model_id,
             model_path=None if self.model_path is None else str(self.model_path.resolve()),
             models_dir=str(self.models_dir.resolve()),
+            kernels=self.kernels,
+            device=self.device,
             dtype=self.dtype,
             threads=self.threads,
             max_running=self.max_running,
             max_waiting=self.max_waiting,
             max_output_tokens=self.max_output_tokens,
-            prefill_chunk_tokens=self.prefill_chunk_tokens,
+            max_prefill_tokens=self.max_prefill_tokens,
+            step_target_ms=self.step_target_ms,
+            kv_cache_bytes=self.kv_cache_bytes,
+            prefix_cache=self.prefix_cache,
         )
 
 

@@ -20,7 +20,8 @@ import threading
 
 from services.inference.engine import frames
 from services.inference.engine.loading import load
-from services.inference.engine.loop import EngineLoop, LoopLimits
+from services.inference.engine.loop import EngineLoop
+from services.inference.engine.scheduler import ScheduleLimits
 from services.mesh.clock import SystemClock
 
 logger = logging.getLogger(__name__)
@@ -113,7 +114,8 @@ def serve(loop: EngineLoop, link: Link, inbox: Inbox) -> None:
                     loop.count(job, prompt)
                 case _:
                     raise frames.FrameError(f"{type(command).__name__} does not belong here")
-        link.send(frames.StepReport(tuple(loop.step()), loop.running, loop.waiting))
+        events = tuple(loop.step())
+        link.send(frames.StepReport(events, loop.running, loop.waiting, loop.state))
 
 
 def run(link: Link) -> int:
@@ -128,12 +130,18 @@ def run(link: Link) -> int:
         logger.exception("the model cannot be loaded")
         link.send(frames.LoadFailed(f"{type(error).__name__}: {error}"[:2000]))
         return EXIT_LOAD_FAILED
-    limits = LoopLimits(
+    limits = ScheduleLimits(
         max_running=configure.max_running,
-        max_output_tokens=configure.max_output_tokens,
-        prefill_chunk_tokens=configure.prefill_chunk_tokens,
+        max_prefill_tokens=configure.max_prefill_tokens,
+        step_target_s=configure.step_target_ms / 1000,
     )
-    loop = EngineLoop(model, limits, SystemClock().monotonic)
+    loop = EngineLoop(
+        model,
+        limits,
+        SystemClock().monotonic,
+        max_output_tokens=configure.max_output_tokens,
+        keep_prefixes=configure.prefix_cache,
+    )
     link.send(frames.Ready(model.info, model.tokenizer.table.longest_bytes))
     serve(loop, link, inbox)
     return 0

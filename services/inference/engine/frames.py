@@ -38,13 +38,22 @@ class Configure(Frame, frozen=True):
     model_path: str | None
     """A folder of safetensors; None: the packaged model."""
     models_dir: str
+    kernels: str
+    """`native`, `torch` or `auto`."""
+    device: str
+    """`cpu`, `cuda` or `auto`."""
     dtype: str
+    """`float32`, `bfloat16` or `auto`."""
     threads: int
-    """0 leaves the choice to torch."""
+    """0 takes all cores that the process may use."""
     max_running: int
     max_waiting: int
     max_output_tokens: int
-    prefill_chunk_tokens: int
+    max_prefill_tokens: int
+    step_target_ms: float
+    kv_cache_bytes: int
+    """0 takes a share of what is available."""
+    prefix_cache: bool
 
 
 class Submit(Frame, frozen=True):

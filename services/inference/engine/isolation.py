@@ -7,7 +7,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from services.inference.engine.step import Logits, Step, StepRow, check_row
+from services.inference.engine.step import Logits, Step, StepRow
 
 logger = logging.getLogger(__name__)
 
@@ -18,34 +18,16 @@ def run_isolated(step: Step, rows: Sequence[StepRow]) -> tuple[Logits, dict[int,
     Where the step fails as a whole, each row is run by itself: who fails then is at fault, and the others
     compute what they would have computed (their keys and values are only written again).
     """
+    try:
+        return step.run(rows), {}
+    except Exception:
+        logger.exception("a step over %d sequences failed; each is run alone", len(rows))
+    results = [np.empty((0, step.vocab_tokens), dtype=np.float32)]
     failures: dict[int, Exception] = {}
     for index, row in enumerate(rows):
         try:
-            check_row(
-                row,
-                vocab_tokens=step.vocab_tokens,
-                context_tokens=step.context_tokens,
-                pages=step.pages,
-            )
+            # Valid until the next call, hence the copy.
+            results.append(step.run([row]).copy())
         except Exception as error:
             failures[index] = error
-    good = [row for index, row in enumerate(rows) if index not in failures]
-    if not good:
-        return _none(step), failures
-    try:
-        return step.run(good), failures
-    except Exception:
-        logger.exception("a step over %d sequences failed; each is run alone", len(good))
-    results = [_none(step)]
-    for index, row in enumerate(rows):
-        if index not in failures:
-            try:
-                # Valid until the next call, hence the copy.
-                results.append(step.run([row]).copy())
-            except Exception as error:
-                failures[index] = error
     return np.concatenate(results), failures
-
-
-def _none(step: Step) -> Logits:
-    return np.empty((0, step.vocab_tokens), dtype=np.float32)

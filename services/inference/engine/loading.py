@@ -8,15 +8,16 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from services.inference.engine.choosing import make_step
 from services.inference.engine.frames import Configure
 from services.inference.engine.loop import LoadedModel
 from services.inference.engine.port import Capability, ModelInfo
-from services.inference.engine.row_step import TransformersStep
 from services.inference.engine.sampler import SamplingDefaults
+from services.inference.engine.step import PAGE_TOKENS, StepRow
 from services.inference.engine.tokenizer import PromptTokenizer
 from services.inference.models import ModelFolder, open_local, open_packaged
 
-SAMPLER = "philox-1"
+SAMPLER = "philox-2"
 """Names the definition of sampling; part of numerics_id."""
 
 
@@ -28,15 +29,16 @@ def load(configure: Configure, progress: Callable[[str], None]) -> LoadedModel:
     if configure.threads:
         torch.set_num_threads(configure.threads)
     folder = _folder(configure, progress)
-    progress(f"loading {folder.id}, revision {folder.revision}, as {configure.dtype}")
+    progress(f"loading {folder.id}, revision {folder.revision}")
     tokenizer = PromptTokenizer.load(folder.path)
-    step = TransformersStep.load(folder.path, dtype=configure.dtype)
-    step.warm_up()
+    step = make_step(configure, folder.path, progress)
+    # Builds what is built on first use, and finds out a model that cannot run. Page 0 is nobody's yet.
+    step.run([StepRow((0,), 0, (0,), 1)])
     capabilities = [Capability.GENERATE] + [Capability.CHAT] * tokenizer.has_chat_template
     info = ModelInfo(
         id=folder.id,
         revision=folder.revision,
-        context_tokens=step.context_tokens,
+        context_tokens=min(step.context_tokens, step.pages * PAGE_TOKENS),
         capabilities=tuple(capabilities),
         numerics_id=f"{folder.revision}/{step.numerics}/{SAMPLER}",
         exact_replay=step.exact_replay,

@@ -1,40 +1,32 @@
-"""The engine's loop: admit, run, sample, report. Requests join and leave between steps.
+"""The engine's loop: expire, admit, run, sample, report. Requests join and leave between steps.
 
-First come, first served. In each step the first job that is not yet prefilled has a chunk of its prompt
-computed, beside one token of each choice that decodes. Where the chunks of a prompt are cut depends on the
-prompt alone, so that what runs beside a request moves nothing in its numbers.
-
-What fails while a job is at work ends that job only. The loop knows nothing of processes and sockets.
+What runs in a step is the scheduler's affair, which page holds what the KV cache's. What fails while a job is
+at work ends that job only. The loop knows nothing of processes and sockets.
 """
 
 from __future__ import annotations
 
 import logging
 import math
-from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from services.inference.engine import frames
 from services.inference.engine.detokenizer import Detokenizer
+from services.inference.engine.isolation import run_isolated
+from services.inference.engine.kv_cache import KvCache
+from services.inference.engine.logprobs import token_logprob
 from services.inference.engine.port import GenerationRequest, ModelInfo, Prompt
-from services.inference.engine.row_step import Logits, Step, StepFault, StepRow
-from services.inference.engine.sampler import Sampler, SamplingDefaults
-from services.inference.engine.sequence import Choice, Job, take_token
+from services.inference.engine.sampler import Sampler, SamplingDefaults, sample
+from services.inference.engine.scheduler import ScheduleLimits, Scheduler, Work
+from services.inference.engine.sequence import Choice, Job, accept
+from services.inference.engine.step import Logits, Step, StepRow
+from services.inference.engine.step_cost import StepCost
 from services.inference.engine.stopping import StopMatcher
 from services.inference.engine.tokenizer import PromptTokenizer, invalid
 from services.mesh.errors import ContextLengthExceeded, DeadlineExceeded, EngineFault, LlmosError
 
 logger = logging.getLogger(__name__)
-
-
-@dataclass(frozen=True, slots=True)
-class LoopLimits:
-    """Sequences (choices) that run at once, and tokens. What waits is bounded by the parent."""
-
-    max_running: int
-    max_output_tokens: int
-    prefill_chunk_tokens: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,51 +41,79 @@ class LoadedModel:
 
 
 class EngineLoop:
-    """Runs the jobs of one model. One thread calls it."""
+    """Runs the jobs of one model. One thread calls it. What waits is bounded by the parent."""
 
-    def __init__(self, model: LoadedModel, limits: LoopLimits, monotonic: Callable[[], float]) -> None:
+    def __init__(
+        self,
+        model: LoadedModel,
+        limits: ScheduleLimits,
+        monotonic: Callable[[], float],
+        *,
+        max_output_tokens: int,
+        keep_prefixes: bool = True,
+    ) -> None:
         self._model = model
-        self._limits = limits
         self._monotonic = monotonic
-        self._waiting: deque[Job] = deque()
-        self._running: dict[int, Job] = {}
+        self._max_running = limits.max_running
+        self._max_output_tokens = max_output_tokens
+        self._cache = KvCache(model.step.pages, keep_prefixes=keep_prefixes)
+        self._scheduler = Scheduler(limits, self._cache, StepCost())
+        self._jobs: dict[int, Job] = {}
         self._events: list[frames.JobEvent] = []
+        self._prefix_tokens = self._prefix_hit_tokens = 0
+        self._last = (0, 0, 0.0)
 
     @property
     def idle(self) -> bool:
-        return not (self._waiting or self._running or self._events)
+        return not (self._jobs or self._events)
 
     @property
     def running(self) -> int:
         """Sequences that run."""
-        return sum(job.request.n for job in self._running.values())
+        return self._scheduler.running
 
     @property
     def waiting(self) -> int:
-        """Sequences that wait."""
-        return sum(job.request.n for job in self._waiting)
+        """Sequences that wait, for a place or for the first of their job."""
+        return sum(len(job.unfinished) for job in self._jobs.values()) - self._scheduler.running
+
+    @property
+    def state(self) -> frames.EngineState:
+        """After a step."""
+        sequences, tokens, seconds = self._last
+        return frames.EngineState(
+            waiting_tokens=self._scheduler.waiting_tokens,
+            kv_pages_used=self._cache.held,
+            kv_pages=self._cache.pages,
+            step_sequences=sequences,
+            step_tokens=tokens,
+            step_s=seconds,
+            prefix_tokens=self._prefix_tokens,
+            prefix_hit_tokens=self._prefix_hit_tokens,
+            preemptions=self._scheduler.preemptions,
+        )
 
     def submit(self, job_id: int, request: GenerationRequest) -> None:
         """Checks the request and queues it; a bad one fails in the next report."""
         try:
-            self._waiting.append(self._job(job_id, request))
+            job = self._job(job_id, request)
         except LlmosError as error:
             self._fail(job_id, error)
         except Exception:
             logger.exception("request %s could not be read", request.request_id)
             self._fault(job_id)
+        else:
+            self._jobs[job_id] = job
+            if not self._finish(job):
+                first, *job.followers = job.unfinished
+                self._scheduler.add([first])
 
     def cancel(self, job_id: int) -> None:
-        """Ends the job; its slots are free when this returns. Nothing happens where it has ended already."""
-        job = self._running.pop(job_id, None)
+        """Ends the job; its pages are free when this returns. Nothing happens where it has ended already."""
+        job = self._jobs.pop(job_id, None)
         if job is not None:
-            self._close(job)
-        else:
-            job = next((waiting for waiting in self._waiting if waiting.id == job_id), None)
-            if job is None:
-                return
-            self._waiting.remove(job)
-        self._events.append(frames.JobCancelled(job_id))
+            self._scheduler.remove(job)
+            self._events.append(frames.JobCancelled(job_id))
 
     def count(self, job_id: int, prompt: Prompt) -> None:
         """Answers with the prompt's length."""
@@ -110,25 +130,27 @@ class EngineLoop:
         """One turn of the loop; returns what it brought."""
         self._expire()
         self._admit()
-        work = self._schedule()
+        work = self._scheduler.schedule()
         if work:
-            results = self._model.step.run([row for _, _, row in work])
-            for (job, choice, row), result in zip(work, results, strict=True):
-                self._process(job, choice, row, result)
+            self._sample(*self._run(work))
+        else:
+            self._last = (0, 0, 0.0)
         events, self._events = self._events, []
         return events
 
     def _job(self, job_id: int, request: GenerationRequest) -> Job:
         """Raises RequestInvalid, ContextLengthExceeded."""
         vocab = self._model.step.vocab_tokens
-        if request.n > self._limits.max_running:
-            raise invalid("spec.n", f"at most {self._limits.max_running} choices fit here")
+        if request.n > self._max_running:
+            raise invalid("spec.n", f"at most {self._max_running} choices fit here")
         if any(token >= vocab for token, _ in request.sampling.logit_bias):
             raise invalid("spec.sampling.logit_bias", f"token ids end at {vocab - 1}")
         if any(token >= vocab for token in request.stop_token_ids):
             raise invalid("spec.stop_token_ids", f"token ids end at {vocab - 1}")
-        if (request.max_tokens or 0) > self._limits.max_output_tokens:
-            raise invalid("spec.max_tokens", f"this deployment allows {self._limits.max_output_tokens}")
+        if any(token >= vocab for tokens in request.delivered for token in tokens):
+            raise invalid("delivered", f"token ids end at {vocab - 1}")
+        if (request.max_tokens or 0) > self._max_output_tokens:
+            raise invalid("spec.max_tokens", f"this deployment allows {self._max_output_tokens}")
         prompt = self._model.tokenizer.encode(request.prompt)
         context = self._model.info.context_tokens
         room = context - len(prompt)
@@ -137,100 +159,129 @@ class EngineLoop:
             raise ContextLengthExceeded(
                 f"The prompt has {len(prompt)} tokens{asked}; the model's context holds {context}."
             )
-        max_tokens = request.max_tokens or min(room, self._limits.max_output_tokens)
+        max_tokens = request.max_tokens or min(room, self._max_output_tokens)
         timeout_s = math.inf if request.timeout_s is None else request.timeout_s
-        return Job(job_id, request, prompt, max_tokens, self._monotonic() + timeout_s)
+        job = Job(job_id, request, prompt, max_tokens, self._monotonic() + timeout_s)
+        job.choices = [self._choice(job, index) for index in range(request.n)]
+        return job
+
+    def _choice(self, job: Job, index: int) -> Choice:
+        """A choice, after what was delivered of it already. Raises RequestInvalid."""
+        sampler = Sampler(
+            job.request.sampling,
+            self._model.defaults,
+            choice=index,
+            prompt=job.prompt,
+            vocab_tokens=self._model.step.vocab_tokens,
+        )
+        stops = StopMatcher(job.request.stop)
+        detokenizer = Detokenizer(self._model.tokenizer.table, continues=bool(job.request.prompt.text))
+        choice = Choice(job, index, list(job.prompt), sampler, detokenizer, stops)
+        delivered = job.request.delivered[index] if job.request.delivered else ()
+        for token in delivered:
+            if choice.reason is not None:
+                raise invalid("delivered", f"choice {index} had ended before its last token")
+            # The reader has the text as well.
+            accept(choice, token, eos=self._model.eos)
+        sampler.replay(delivered)
+        return choice
 
     def _expire(self) -> None:
-        now_s = self._monotonic()
-        late = [job for job in (*self._waiting, *self._running.values()) if job.deadline_s <= now_s]
-        for job in late:
-            if self._running.pop(job.id, None) is not None:
-                self._close(job)
-            else:
-                self._waiting.remove(job)
+        for job in self._scheduler.late(self._monotonic()):
+            self._end(job)
             self._fail(job.id, DeadlineExceeded("The deadline passed before the answer was complete."))
 
     def _admit(self) -> None:
-        while self._waiting and self.running + self._waiting[0].request.n <= self._limits.max_running:
-            job = self._waiting.popleft()
-            self._running[job.id] = job
-            job.slot = self._model.step.open_slot()
-            self._events.append(frames.JobStarted(job.id, len(job.prompt)))
+        while True:
+            admitted, hopeless = self._scheduler.admit(self._monotonic())
+            for choice in admitted:
+                job = choice.job
+                if job.cached_tokens is None:
+                    self._start(job, min(choice.computed, job.prompt_tokens))
+            if not hopeless:
+                return
+            for job in hopeless:
+                self._end(job)
+                self._fail(job.id, DeadlineExceeded("The deadline could not be met; nothing was computed."))
 
-    def _schedule(self) -> list[tuple[Job, Choice | None, StepRow]]:
-        work: list[tuple[Job, Choice | None, StepRow]] = []
-        prefill = True
-        for job in self._running.values():
-            if job.slot is None:
-                work.extend((job, choice, _decode_row(job, choice)) for choice in job.decoding)
-            elif prefill:
-                # One at a time: the first to come is the first to answer.
-                prefill = False
-                work.append((job, None, self._prefill_row(job, job.slot)))
-        return work
+    def _start(self, job: Job, cached_tokens: int) -> None:
+        job.cached_tokens = cached_tokens
+        self._prefix_tokens += job.prompt_tokens
+        self._prefix_hit_tokens += cached_tokens
+        self._events.append(frames.JobStarted(job.id, job.prompt_tokens, cached_tokens))
 
-    def _prefill_row(self, job: Job, slot: int) -> StepRow:
-        end = min(job.prefilled + self._limits.prefill_chunk_tokens, len(job.prompt))
-        return StepRow(slot, job.prompt[job.prefilled : end], job.prefilled, end == len(job.prompt))
-
-    def _process(
-        self, job: Job, choice: Choice | None, row: StepRow, result: Logits | StepFault | None
-    ) -> None:
-        if job.id not in self._running:
-            return  # Another choice of the job has failed in this step.
-        try:
-            if isinstance(result, StepFault):
-                raise result.cause
-            if choice is None:
-                job.prefilled += len(row.tokens)
-                if result is None:
-                    return
-                self._open_choices(job)
-            if result is not None:
-                for each in job.choices if choice is None else [choice]:
-                    self._advance(job, each, result)
-        except Exception:
-            logger.exception("request %s failed in the engine", job.request.request_id)
-            del self._running[job.id]
-            self._close(job)
-            self._fault(job.id)
-            return
-        if not job.decoding:
-            del self._running[job.id]
-            reasons = tuple(each.reason.value for each in job.choices if each.reason is not None)
-            self._events.append(frames.JobFinished(job.id, reasons, len(job.prompt), job.completion_tokens))
-
-    def _open_choices(self, job: Job) -> None:
-        """The prompt is computed: each choice gets a copy of it."""
-        if job.slot is None:
-            raise RuntimeError("the job has no prefill slot")
-        samplers = [
-            Sampler(
-                job.request.sampling,
-                self._model.defaults,
-                choice=index,
-                prompt=job.prompt,
-                vocab_tokens=self._model.step.vocab_tokens,
-            )
-            for index in range(job.request.n)
+    def _run(self, work: Sequence[Work]) -> tuple[list[Choice], Logits]:
+        """Computes the work; returns the choices whose next token can be sampled, and their logits."""
+        begun_s = self._monotonic()
+        rows = [_row(each) for each in work]
+        logits, failures = run_isolated(self._model.step, rows)
+        seconds = self._monotonic() - begun_s
+        tokens = sum(each.count for each in work)
+        self._scheduler.learn(tokens, seconds)
+        self._last = (len(work), tokens, seconds)
+        for index, each in enumerate(work):
+            if index in failures:
+                self._break(each.choice.job, failures[index])
+            else:
+                self._scheduler.computed(each)
+        ready = [
+            each.choice for index, each in enumerate(work) if rows[index].logits and index not in failures
         ]
-        first, job.slot = job.slot, None
-        for index, sampler in enumerate(samplers):
-            slot = first if index == 0 else self._model.step.fork_slot(first)
-            detokenizer = Detokenizer(self._model.tokenizer.table)
-            job.choices.append(Choice(index, slot, sampler, detokenizer, StopMatcher(job.request.stop)))
+        return ready, logits
 
-    def _advance(self, job: Job, choice: Choice, logits: Logits) -> None:
-        delta = take_token(job, choice, logits, eos=self._model.eos, table=self._model.tokenizer.table)
-        self._events.append(delta)
+    def _sample(self, choices: Sequence[Choice], logits: Logits) -> None:
+        samplers = [choice.sampler for choice in choices]
+        tokens = sample(logits, samplers, [choice.generated for choice in choices])
+        for choice, row, token in zip(choices, logits, tokens, strict=True):
+            if choice.job.id not in self._jobs:
+                continue  # Another choice of the job has failed in this step.
+            try:
+                if isinstance(token, Exception):
+                    raise token
+                self._advance(choice, row, token)
+            except Exception as error:
+                self._break(choice.job, error)
+
+    def _advance(self, choice: Choice, row: Logits, token: int) -> None:
+        job, request = choice.job, choice.job.request
+        if job.followers:
+            # The prompt is computed; they find it in the prefix cache.
+            self._scheduler.add(job.followers)
+            job.followers = []
+        text = accept(choice, token, eos=self._model.eos)
+        table = self._model.tokenizer.table
+        logprobs = (token_logprob(row, token, request.top_logprobs, table),) if request.logprobs else ()
+        self._events.append(frames.JobDelta(job.id, choice.index, text, (token,), logprobs))
         if choice.reason is not None:
-            self._model.step.close_slot(choice.slot)
+            self._scheduler.end(choice)
+            self._finish(job)
 
-    def _close(self, job: Job) -> None:
-        slots = [choice.slot for choice in job.decoding]
-        for slot in slots if job.slot is None else [job.slot]:
-            self._model.step.close_slot(slot)
+    def _finish(self, job: Job) -> bool:
+        """Reports the end of the job where all of its choices have ended."""
+        if job.unfinished:
+            return False
+        del self._jobs[job.id]
+        if job.cached_tokens is None:
+            # All of it had been delivered already.
+            self._start(job, 0)
+        reasons = tuple(each.reason.value for each in job.choices if each.reason is not None)
+        self._events.append(
+            frames.JobFinished(
+                job.id, reasons, job.prompt_tokens, job.completion_tokens, job.cached_tokens or 0
+            )
+        )
+        return True
+
+    def _end(self, job: Job) -> None:
+        self._jobs.pop(job.id, None)
+        self._scheduler.remove(job)
+
+    def _break(self, job: Job, error: Exception) -> None:
+        """The job failed in the engine; whatever it was, no other job has to do with it."""
+        if job.id in self._jobs:
+            logger.error("request %s failed in the engine", job.request.request_id, exc_info=error)
+            self._end(job)
+            self._fault(job.id)
 
     def _fail(self, job_id: int, error: LlmosError) -> None:
         violations = tuple((violation.field, violation.description) for violation in error.violations)
@@ -241,6 +292,14 @@ class EngineLoop:
         self._fail(job_id, EngineFault("The engine failed on this request."))
 
 
-def _decode_row(job: Job, choice: Choice) -> StepRow:
-    position = len(job.prompt) + choice.tokens - 1
-    return StepRow(choice.slot, (choice.last_token,), position, wants_logits=True)
+def _row(work: Work) -> StepRow:
+    choice = work.choice
+    if choice.pages is None:
+        raise RuntimeError("a sequence without pages was scheduled")
+    end = choice.computed + work.count
+    return StepRow(
+        choice.tokens[choice.computed : end],
+        choice.computed,
+        choice.pages.ids,
+        int(end == len(choice.tokens)),
+    )

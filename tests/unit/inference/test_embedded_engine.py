@@ -136,7 +136,7 @@ async def test_r20_batched_equals_solo(engine: EmbeddedEngine) -> None:
 async def test_r09_a_hung_step_is_ended(tiny_model: Path) -> None:
     """One step computes a prompt of 4,000 tokens at once, and may only take a moment."""
     timeouts = replace(TIMEOUTS, step_timeout_s=0.05, ping_interval_s=0.02)
-    engine = embedded_engine(tiny_model, TINY_MODEL_ID, timeouts=timeouts, prefill_chunk_tokens=4096)
+    engine = embedded_engine(tiny_model, TINY_MODEL_ID, timeouts=timeouts, max_prefill_tokens=4096)
     await engine.start()
     try:
         await engine.wait_healthy(START_TIMEOUT_S)

@@ -1,0 +1,86 @@
+"""Which implementation of the step runs a model here: the native one where it can, else torch."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable
+from pathlib import Path
+
+from services.inference.engine.frames import Configure
+from services.inference.engine.kv_memory import pool_pages
+from services.inference.engine.model.weights import ModelShape
+from services.inference.engine.step import Step
+from services.inference.models import ModelUnusable
+
+logger = logging.getLogger(__name__)
+
+
+def make_step(configure: Configure, folder: Path, progress: Callable[[str], None]) -> Step:
+    """Loads the folder's weights and makes a step over them.
+
+    Raises ModelUnusable where the model, or what the configuration insists on, cannot be had; OSError.
+    """
+    device = _device(configure.device)
+    if device == "cpu" and configure.kernels != "torch":
+        from services.inference.engine.native.build import NativeUnavailable
+
+        try:
+            return _native_step(configure, folder, progress)
+        except NativeUnavailable as error:
+            if configure.kernels == "native":
+                raise ModelUnusable(str(error)) from error
+            logger.warning("torch computes the steps, more slowly: %s", error)
+    return _torch_step(configure, folder, device, progress)
+
+
+def _native_step(configure: Configure, folder: Path, progress: Callable[[str], None]) -> Step:
+    """Raises NativeUnavailable, ModelUnusable, OSError."""
+    from services.inference.engine.model.loader import load_weights
+    from services.inference.engine.native.library import load_native
+    from services.inference.engine.native.step import NativeStep, page_bytes
+
+    library = load_native(Path(configure.models_dir) / "native", progress)
+    dtype = "bfloat16" if configure.dtype == "auto" else configure.dtype
+    progress(f"loading weights as {dtype}, for the native step")
+    weights = load_weights(folder, dtype)
+    pages = _pages(configure, weights.shape, page_bytes(weights.shape, weights.head.dtype))
+    return NativeStep(weights, library, pages=pages, threads=configure.threads)
+
+
+def _torch_step(configure: Configure, folder: Path, device: str, progress: Callable[[str], None]) -> Step:
+    """Raises ModelUnusable, OSError."""
+    import torch
+
+    from services.inference.engine.model.loader import load_weights
+    from services.inference.engine.model.torch_step import TorchStep, page_bytes
+
+    dtype = configure.dtype
+    if dtype == "auto":
+        # What the device computes natively; elsewhere bfloat16 is emulated, many times slower.
+        quick = device != "cpu" or torch.backends.cpu.get_cpu_capability().startswith("AVX512")
+        dtype = "bfloat16" if quick else "float32"
+    progress(f"loading weights as {dtype}, for torch on {device}")
+    weights = load_weights(folder, dtype)
+    pages = _pages(configure, weights.shape, page_bytes(weights.shape, weights.head.dtype))
+    return TorchStep(weights, pages=pages, device=device)
+
+
+def _device(asked: str) -> str:
+    """Raises ModelUnusable."""
+    if asked == "cpu":
+        return asked
+    import torch
+
+    there = torch.cuda.is_available()
+    if asked == "cuda" and not there:
+        raise ModelUnusable("there is no CUDA device that torch can use")
+    return "cuda" if there else "cpu"
+
+
+def _pages(configure: Configure, shape: ModelShape, page_bytes: int) -> int:
+    return pool_pages(
+        page_bytes,
+        max_running=configure.max_running,
+        context_tokens=shape.context_tokens,
+        max_bytes=configure.kv_cache_bytes,
+    )
