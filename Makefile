@@ -8,7 +8,7 @@ PYTHON ?= $(shell for p in python3.11 python3 python; do \
 	$$p -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null && echo $$p && break; done)
 PROTO_SOURCES := $(shell find protos/llmos -name '*.proto')
 # The groups of pyproject.toml that have a lock of their own; dev comes first, the others agree with it.
-GROUPS := dev run gateway auth inference logging client proto tools
+GROUPS := dev run gateway auth inference logging client proto tools bench
 LOCKS := $(GROUPS:%=requirements/%.txt)
 
 # N: how often `test-repeat` runs. TLS=1: `up` uses mTLS. ARGS: further arguments of the command behind a target.
@@ -90,6 +90,18 @@ test-repeat: dev-env ## Run the tests on real processes N times (N=10) and stop 
 chaos: dev-env ## Kill gateway, logging and broker 200 times under load (KILLS=N), and judge the audit log
 	LLMOS_CHAOS_KILLS=$(or $(KILLS),200) $(PY) -m pytest -s tests/chaos $(ARGS)
 
+.PHONY: bench-engine
+bench-engine: dev-env .tools/bench/.installed ## Measure tokens/s and first tokens beside transformers (ROUNDS=5 STREAMS=1,8,32)
+	@$(PY) -m tests.bench.engine $(if $(ROUNDS),--rounds $(ROUNDS)) $(if $(STREAMS),--streams $(STREAMS)) $(ARGS)
+
+.PHONY: bench-start
+bench-start: dev-env ## Measure from the start of inference to its first token, with and without a converted model
+	@$(PY) -m tests.bench.start $(if $(ROUNDS),--rounds $(ROUNDS)) $(ARGS)
+
+.PHONY: soak
+soak: dev-env ## Load the platform for MINUTES=20 with all kinds of requests, and judge memory and what is left
+	@$(PY) -m tests.bench.soak $(if $(MINUTES),--minutes $(MINUTES)) $(ARGS)
+
 .PHONY: lock
 lock: dev-env ## Resolve the dependencies anew into requirements/ and deploy/dev/jgo.lock.toml (UPGRADE=1: newer ones)
 	@for group in $(GROUPS); do \
@@ -135,6 +147,12 @@ $(VENV)/.run: requirements/run.txt | $(PY)
 
 $(VENV)/.installed: pyproject.toml $(VENV)/.run
 	@$(UV) pip install --quiet --python $(PY) --no-build-isolation --no-deps -e .
+	@touch $@
+
+# `transformers serve` needs a few packages more than dev: they go into a folder of their own.
+.tools/bench/.installed: requirements/bench.txt | $(PY)
+	@rm -rf .tools/bench
+	@$(UV) pip install --quiet --python $(PY) --require-hashes --target .tools/bench -r requirements/bench.txt
 	@touch $@
 
 protos/gen/.digest: $(PROTO_SOURCES) protos/generate.py $(VENV)/.run

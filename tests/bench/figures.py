@@ -1,0 +1,56 @@
+"""What the rounds say: medians of ratios with their spread, and whether the aims are met."""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True, slots=True)
+class Spread:
+    """A median between the least and the greatest."""
+
+    median: float
+    least: float
+    greatest: float
+
+    @classmethod
+    def of(cls, values: Sequence[float]) -> Spread:
+        return cls(statistics.median(values), min(values), max(values))
+
+    def __str__(self) -> str:
+        return f"{_short(self.median)} ({_short(self.least)}..{_short(self.greatest)})"
+
+
+def ratio(numerators: Sequence[float], denominators: Sequence[float]) -> Spread:
+    """Of each round by itself: what slows a whole round down cancels out."""
+    return Spread.of([above / below for above, below in zip(numerators, denominators, strict=True)])
+
+
+@dataclass(frozen=True, slots=True)
+class Aim:
+    """A measured figure beside what it should be."""
+
+    name: str
+    measured: Spread
+    target: float
+    at_most: bool = False
+    """Whether less is better."""
+
+    @property
+    def met(self) -> bool:
+        if self.at_most:
+            return self.measured.median <= self.target
+        return self.measured.median >= self.target
+
+    def line(self) -> str:
+        """`aim <name> <measured> <target> met|short`."""
+        return (
+            f"aim {self.name} {_short(self.measured.median)} {_short(self.target)}"
+            f" {'met' if self.met else 'short'}"
+        )
+
+
+def _short(value: float) -> str:
+    return f"{value:.3g}" if abs(value) < 100 else f"{value:.0f}"
