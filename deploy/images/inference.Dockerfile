@@ -4,8 +4,10 @@
 #
 # It holds torch and the packaged model; other models come on a volume.
 ARG BASE_IMAGE=python:3.11-slim
+# The same Python and the same C library, and a C compiler.
+ARG BUILD_IMAGE=python:3.11
 
-FROM ${BASE_IMAGE} AS build
+FROM ${BUILD_IMAGE} AS build
 # Another package index, where the usual one cannot be reached.
 ARG PIP_INDEX_URL
 ENV PIP_NO_CACHE_DIR=1 PIP_DISABLE_PIP_VERSION_CHECK=1 PYTHONDONTWRITEBYTECODE=1
@@ -20,6 +22,10 @@ RUN python3 -m venv /opt/llmos \
 COPY protos/generate.py protos/
 COPY protos/llmos protos/llmos
 RUN /opt/proto/bin/python protos/generate.py
+# The native step, for all kinds of processors: where the service runs there is no compiler.
+COPY services/__init__.py services/
+COPY services/inference services/inference
+RUN /opt/llmos/bin/python -m services.inference.engine.native.build /build/native
 
 FROM ${BASE_IMAGE}
 COPY --from=build /opt/llmos /opt/llmos
@@ -27,6 +33,7 @@ COPY --from=build /build/protos/gen /app/protos/gen
 COPY services/__init__.py /app/services/
 COPY services/mesh /app/services/mesh
 COPY services/inference /app/services/inference
+COPY --from=build /build/native /app/services/inference/engine/native/prebuilt
 WORKDIR /app
 # The root file system may be read-only: state is on a volume, and what libraries leave goes to /tmp.
 ENV PATH=/opt/llmos/bin:$PATH \

@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 
 from deploy.helm.rendering import container, only, render, value_set
+from services.inference.engine.native import build
 
 ROOT = Path(__file__).parents[3]
 SERVICES = ("gateway", "auth", "inference", "logging")
@@ -65,8 +66,16 @@ def test_an_image_installs_its_lock_and_nothing_else(service: str) -> None:
 def test_an_image_holds_only_its_own_service(service: str) -> None:
     copied = [rest.split()[:-1] for word, rest in last_stage(service) if word == "COPY"]
     sources = [source for group in copied for source in group if not source.startswith("--")]
+    compiled = ["/build/native"] if service == "inference" else []
     assert sorted(sources) == sorted(
-        ["/opt/llmos", "/build/protos/gen", "services/__init__.py", "services/mesh", f"services/{service}"]
+        [
+            "/opt/llmos",
+            "/build/protos/gen",
+            "services/__init__.py",
+            "services/mesh",
+            f"services/{service}",
+            *compiled,
+        ]
     )
 
 
@@ -74,7 +83,12 @@ def test_an_image_holds_only_its_own_service(service: str) -> None:
 def test_the_base_image_is_an_argument(service: str) -> None:
     found = instructions(service)
     assert found[0] == ("ARG", "BASE_IMAGE=python:3.11-slim")
-    assert {rest.split()[0] for word, rest in found if word == "FROM"} == {"${BASE_IMAGE}"}
+    stages = [rest.split()[0] for word, rest in found if word == "FROM"]
+    if service == "inference":  # its native step is compiled
+        assert found[1] == ("ARG", "BUILD_IMAGE=python:3.11")
+        assert stages == ["${BUILD_IMAGE}", "${BASE_IMAGE}"]
+    else:
+        assert stages == ["${BASE_IMAGE}", "${BASE_IMAGE}"]
 
 
 def test_the_build_sees_no_state_and_no_secret() -> None:
@@ -87,3 +101,11 @@ def test_the_build_sees_no_state_and_no_secret() -> None:
         "!services",
         "**/__pycache__",
     }
+
+
+def test_the_native_step_is_put_where_it_is_looked_for() -> None:
+    stage = last_stage("inference")
+    (target,) = [rest.split()[-1] for word, rest in stage if word == "COPY" and "/build/native" in rest]
+    assert Path(target) == Path("/app") / build.PREBUILT.relative_to(ROOT)
+    builds = [rest for word, rest in instructions("inference") if word == "RUN" and build.__name__ in rest]
+    assert builds == [f"/opt/llmos/bin/python -m {build.__name__} /build/native"]

@@ -83,9 +83,10 @@ def test_images_are_built_from_files_that_are_there_under_the_names_that_the_cha
     manifests = render(values_of(install))
     built = {options(words)["-t"][0]: ROOT / options(words)["-f"][0] for words in of("buildah", "bud")}
     assert set(built) == {container(manifests, service)["image"] for service in SERVICES}
-    for file in built.values():
-        arguments = re.findall(r"^ARG (\w+)", file.read_text(), re.MULTILINE)
-        assert set(re.findall(r"--build-arg (\w+)=", GUIDE)) <= set(arguments)
+    arguments = {
+        argument for file in built.values() for argument in re.findall(r"(?m)^ARG (\w+)", file.read_text())
+    }
+    assert set(re.findall(r"--build-arg (\w+)=", GUIDE)) == arguments
 
 
 @pytest.mark.parametrize("verb", ["install", "upgrade", "template", "lint"])
