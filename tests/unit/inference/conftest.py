@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from services.inference.engine.tokenizer import PromptTokenizer
-from tests.framework.models import make_tiny_model, real_model
+from tests.framework.models import FAMILY_MODELS, make_family_model, make_tiny_model, real_model
 
 
 @pytest.fixture(scope="session")
@@ -20,6 +20,13 @@ def smollm2() -> Path:
 def tiny_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A tiny random Llama."""
     return make_tiny_model(tmp_path_factory.mktemp("tiny-model"))
+
+
+@pytest.fixture(scope="session")
+def family_models(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """A tiny random model of each family that the engine computes, by its name in FAMILY_MODELS."""
+    root = tmp_path_factory.mktemp("family-models")
+    return {name: make_family_model(root / name, name) for name in FAMILY_MODELS}
 
 
 @pytest.fixture(scope="session")

@@ -51,16 +51,25 @@ def _load_gguf(folder: Path, dtype: torch.dtype) -> ModelWeights:
     if len(files) != 1:
         raise ModelUnusable(f"{folder} holds neither *.safetensors nor one *.gguf, but {len(files)} of these")
     try:
-        model: Any = AutoModelForCausalLM.from_pretrained(
+        # It returns a pair when it is asked to report, which its annotations do not say.
+        loader: Any = AutoModelForCausalLM
+        model, report = loader.from_pretrained(
             folder,
             gguf_file=files[0].name,
             quantization_config=GgufConfig(dequantize=True),
             dtype=dtype,
             trust_remote_code=False,
             local_files_only=True,
+            output_loading_info=True,
         )
     except Exception as error:
         raise ModelUnusable(f"{files[0]}: {error}") from error
+    # transformers fills what a file lacks with random numbers and goes on.
+    lacking = sorted({*report["missing_keys"], *report["mismatched_keys"]})
+    if model.config.tie_word_embeddings:
+        lacking = [name for name in lacking if not name.endswith("lm_head.weight")]
+    if lacking:
+        raise ModelUnusable(f"{files[0]} lacks {len(lacking)} tensors, the first {lacking[0]}")
     config, state = model.config, dict(model.state_dict())
     del model
     # It says how the file stored them; the tensors are plain by now.
