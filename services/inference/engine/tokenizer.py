@@ -1,7 +1,4 @@
-"""Prompts to token ids, with the model's own tokenizer and chat template.
-
-transformers renders templates in a sandbox of jinja; a client can not send one.
-"""
+"""Prompts to token ids, with the model's own tokenizer and chat template. A client can not send one."""
 
 from __future__ import annotations
 
@@ -23,10 +20,10 @@ class PromptTokenizer:
 
     @classmethod
     def load(cls, folder: Path) -> PromptTokenizer:
-        """Raises UnsupportedTokenizer, OSError."""
-        from transformers import AutoTokenizer
+        """Raises UnsupportedTokenizer, OSError; ValueError, jinja2.TemplateError on files that are broken."""
+        from services.inference.engine.tokenizer_files import FileTokenizer
 
-        tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False, local_files_only=True)
+        tokenizer = FileTokenizer(folder)
         table = TokenTable.of(json.loads((folder / "tokenizer.json").read_bytes()))
         return cls(tokenizer, table)
 
@@ -53,10 +50,9 @@ class PromptTokenizer:
             raise invalid("spec.prompt.chat", "the model has no chat template; send text")
         messages = [{"role": message.role.value, "content": message.content} for message in prompt.messages]
         try:
-            text = self._tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+            return str(self._tokenizer.render(messages))
         except jinja2.TemplateError as error:
             raise invalid("spec.prompt.chat", f"the model's chat template refuses it: {error}") from error
-        return str(text)
 
 
 def invalid(field: str, description: str) -> RequestInvalid:
