@@ -8,7 +8,7 @@ what stands beside a row only decides how far it is padded, and padding adds not
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 
 import numpy as np
 import numpy.typing as npt
@@ -68,6 +68,14 @@ class Group:
     first_keys: Tensor
     """[items, 1, 1, 1]: the position of the first key."""
 
+    def tensors(self) -> tuple[Tensor, ...]:
+        return self.pages, self.queries, self.outputs, self.positions, self.first_keys
+
+    def to(self, device: torch.device) -> Group:
+        """On the device."""
+        pages, queries, outputs, positions, first_keys = (tensor.to(device) for tensor in self.tensors())
+        return Group(self.items, self.blocks, self.rows, pages, queries, outputs, positions, first_keys)
+
 
 @dataclass(frozen=True, slots=True)
 class Plan:
@@ -80,8 +88,8 @@ class Plan:
     slots: Tensor
     """[tokens]: where in the pool (page * PAGE_TOKENS + place) keys and values go."""
     cleared: Tensor
-    """Slots behind the end of each sequence, up to the end of its page, whose values become zero: what
-    another sequence left there cannot reach a sum, not even as NaN."""
+    """Slots behind the end of each sequence, up to the end of its page, which become zero: what another
+    sequence left there cannot reach a sum, not even as NaN."""
     groups: dict[int, tuple[Group, ...]]
     """By window."""
     logits: Tensor
@@ -93,15 +101,25 @@ class Plan:
         yield from (self.tokens, self.positions, self.slots, self.cleared, self.logits)
         for groups in self.groups.values():
             for group in groups:
-                yield from (
-                    value
-                    for field in fields(group)
-                    if isinstance(value := getattr(group, field.name), Tensor)
-                )
+                yield from group.tensors()
 
     def key(self) -> tuple[object, ...]:
         """Equal for plans whose tensors have the same shapes."""
         return tuple(tuple(tensor.shape) for tensor in self.tensors())
+
+    def to(self, device: torch.device) -> Plan:
+        """On the device."""
+        return Plan(
+            tokens=self.tokens.to(device),
+            positions=self.positions.to(device),
+            slots=self.slots.to(device),
+            cleared=self.cleared.to(device),
+            groups={
+                window: tuple(each.to(device) for each in groups) for window, groups in self.groups.items()
+            },
+            logits=self.logits.to(device),
+            logit_count=self.logit_count,
+        )
 
 
 def bucket(count: int) -> int:
@@ -202,7 +220,10 @@ class Planner:
     ) -> Iterator[Group]:
         """Items alike in length attend together; all of them where the plan is static."""
         alike: dict[tuple[int, int], list[_Item]] = {}
-        longest = max(item.blocks(window) for item in items)
+        longest = max(item.blocks(0) for item in items)
+        if window:
+            # So many at most, wherever in a block the window begins.
+            longest = min(longest, (window - 1) // BLOCK_TOKENS + 2)
         for item in items:
             blocks = longest if static else item.blocks(window)
             alike.setdefault((bucket(item.count), _blocks_bucket(blocks)), []).append(item)

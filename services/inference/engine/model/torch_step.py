@@ -44,25 +44,13 @@ class TorchStep:
         self.shape = shape = weights.shape
         self.vocab_tokens = shape.vocab_tokens
         self.context_tokens = shape.context_tokens
-        self.pages = pages
-        pool = Pool(pages)
         with torch.inference_mode():
-            self._model = model = prepare(weights, torch.device(device))
-            # Not touched before it is used: what has not been written is never summed.
-            self._keys, self._values = (
-                torch.empty(
-                    (shape.layers, shape.kv_heads, pool.total, PAGE_TOKENS * shape.head_dim),
-                    dtype=model.dtype,
-                    device=model.device,
-                )
-                for _ in range(2)
-            )
-            self._values[:, :, pool.zeros] = 0
+            self._model = prepare(weights, torch.device(device))
+            on_cpu = self._model.device.type == "cpu"
             # A GPU's own attention is quick, and does not know a cap on scores.
-            on_cpu = model.device.type == "cpu"
             self._attend = attend_blocks if on_cpu or shape.attention_softcap else attend_fused
-            self._planner = Planner(shape, pool, row_multiple=_ROW_MULTIPLES[0], device=model.device)
-            threads = self._exact(pool) if on_cpu else ()
+            self._allocate(pages)
+            threads = self._exact() if on_cpu else ()
         self.exact_replay = bool(threads)
         self.numerics = self._name(threads)
 
@@ -77,6 +65,22 @@ class TorchStep:
         with torch.inference_mode():
             logits: Logits = self._logits(rows).cpu().numpy()
         return logits
+
+    def _allocate(self, pages: int) -> None:
+        """Makes the pool, and the planner that knows it."""
+        self.pages = pages
+        shape, pool = self.shape, Pool(pages)
+        size = (shape.layers, shape.kv_heads, pool.total, PAGE_TOKENS * shape.head_dim)
+        # Not touched before it is used: what has not been written is never summed.
+        self._keys = torch.empty(size, dtype=self._model.dtype, device=self._model.device)
+        self._values = torch.empty_like(self._keys)
+        self._keys[:, :, pool.zeros] = 0
+        self._values[:, :, pool.zeros] = 0
+        self._plan_with(_ROW_MULTIPLES[0])
+
+    def _plan_with(self, row_multiple: int) -> None:
+        pool, device = Pool(self.pages), self._model.device
+        self._planner = Planner(self.shape, pool, row_multiple=row_multiple, device=device)
 
     def _logits(self, rows: Sequence[StepRow]) -> Tensor:
         plan = self._planner.plan(rows)
@@ -142,7 +146,7 @@ class TorchStep:
         for pool, rows in ((self._keys[index], keys), (self._values[index], values)):
             by_slot = pool.view(shape.kv_heads, -1, shape.head_dim)
             by_slot.index_copy_(1, plan.slots, rows.transpose(0, 1).to(self._model.dtype))
-        by_slot.index_fill_(1, plan.cleared, 0)
+            by_slot.index_fill_(1, plan.cleared, 0)
         return torch.mul(queries, shape.query_scale)
 
     def _attended(self, index: int, queries: Tensor, groups: list[tuple[Group, Tensor]]) -> Tensor:
@@ -180,14 +184,14 @@ class TorchStep:
         angles = positions.float().unsqueeze(1) * frequencies
         return (angles.cos() * scale).unsqueeze(1), (angles.sin() * scale).unsqueeze(1)
 
-    def _exact(self, pool: Pool) -> tuple[int, ...]:
+    def _exact(self) -> tuple[int, ...]:
         """The numbers of threads with which a row is the same in every step; empty where there are none.
 
         Sets the planner that makes it so.
         """
         for threads in dict.fromkeys((self._model.threads, self._model.threads[:1])):
             for multiple in _ROW_MULTIPLES:
-                self._planner = Planner(self.shape, pool, row_multiple=multiple, device=self._model.device)
+                self._plan_with(multiple)
                 if threads and self._agree(threads):
                     return threads
         return ()
