@@ -51,6 +51,7 @@ class Options:
 
     model: Path
     dtype: str
+    device: str
     levels: tuple[int, ...]
     rounds: int
     prompt_tokens: int
@@ -69,11 +70,13 @@ def arguments(argv: Sequence[str]) -> Options:
     parser.add_argument("--subjects", default=",".join(SUBJECTS), help="with commas; always: generate")
     parser.add_argument("--model", type=Path, help="a folder of safetensors; not given: the packaged model")
     parser.add_argument("--dtype", choices=("auto", "float32", "bfloat16"), default="auto")
+    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
     given = parser.parse_args(argv)
     models = Path(os.environ.get("LLMOS_MODELS_DIR") or ROOT / ".state" / "models")
     return Options(
         model=(given.model or open_packaged(models, print).path).resolve(),
-        dtype=_dtype(given.dtype),
+        dtype=_dtype(given.dtype, given.device),
+        device=given.device,
         levels=tuple(int(level) for level in given.streams.split(",")),
         rounds=given.rounds,
         prompt_tokens=given.prompt_tokens,
@@ -83,12 +86,12 @@ def arguments(argv: Sequence[str]) -> Options:
     )
 
 
-def _dtype(name: str) -> str:
-    """What `auto` is here; all subjects are told the same."""
+def _dtype(name: str, device: str) -> str:
+    """What `auto` is here: what transformers is fast with. All subjects are told the same."""
     if name != "auto":
         return name
-    instructions = report.machine()["instructions"]
-    return "bfloat16" if "avx512f" in instructions else "float32"
+    quick = device == "cuda" or "avx512f" in report.machine()["instructions"]
+    return "bfloat16" if quick else "float32"
 
 
 @contextlib.asynccontextmanager
@@ -104,6 +107,7 @@ async def platform(options: Options, folder: Path, say: Progress) -> AsyncIterat
         backend=None,  # the service's own default, not the echo that tests run
         model_path=options.model,
         dtype=options.dtype,
+        device=options.device,
         max_running=max(16, most),
         max_waiting=max(64, most),
     )
@@ -125,6 +129,7 @@ def alone(options: Options, folder: Path) -> Alone:
     settings = InferenceSettings(
         model_path=options.model,
         dtype=options.dtype,
+        device=options.device,
         state_dir=folder / "alone",
         max_running=max(16, most),
         max_waiting=max(64, most),
@@ -191,7 +196,7 @@ async def bench(options: Options, folder: Path, say: Progress) -> None:
     )
     machine = report.machine()
     say(
-        f"{machine['cpu']}, {machine['cores']} cores, load {machine['load_before'][0]}; {options.dtype};"
+        f"{machine['cpu']}, {machine['cores']} cores, load {machine['load_before'][0]}; {options.dtype} on {options.device};"
         f" seed {plan.seed}"
     )
     async with contextlib.AsyncExitStack() as stack:
@@ -203,7 +208,7 @@ async def bench(options: Options, folder: Path, say: Progress) -> None:
             await warm_up(subject, plan, say)
             return subject
 
-        generate = Generate(options.model, options.dtype)
+        generate = Generate(options.model, options.dtype, options.device)
         ours: list[Subject] = []
         whole: Platform | None = None
         servers: list[Subject] = []
@@ -222,6 +227,7 @@ async def bench(options: Options, folder: Path, say: Progress) -> None:
                 server = Serve(
                     options.model,
                     options.dtype,
+                    options.device,
                     port=reservations.take([name])[name],
                     log_file=folder / "serve.log",
                     batching=batching,
@@ -251,6 +257,7 @@ async def bench(options: Options, folder: Path, say: Progress) -> None:
     content: dict[str, Any] = {
         "machine": machine,
         "dtype": options.dtype,
+        "device": options.device,
         "model": options.model.name,
         "prompt_tokens": options.prompt_tokens,
         "max_tokens": options.max_tokens,

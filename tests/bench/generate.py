@@ -28,8 +28,8 @@ class Generate:
 
     name = "generate"
 
-    def __init__(self, folder: Path, dtype: str) -> None:
-        self._folder, self._dtype = folder, dtype
+    def __init__(self, folder: Path, dtype: str, device: str) -> None:
+        self._folder, self._dtype, self._device = folder, dtype, device
         self._process: asyncio.subprocess.Process | None = None
         self.chosen: dict[str, Any] = {}
         """What the worker says of itself: attention, threads."""
@@ -41,6 +41,7 @@ class Generate:
             "tests.bench.generate_worker",
             str(self._folder),
             self._dtype,
+            self._device,
             stdin=asyncio.subprocess.PIPE,
             stdout=asyncio.subprocess.PIPE,
             cwd=ROOT,

@@ -1,6 +1,6 @@
 """transformers' `generate` in a process of its own: a static batch, as fast as its options make it.
 
-Arguments: model folder, dtype. JSON lines in, `{"prompts": […], "max_tokens": …}`, JSON lines out. The first
+Arguments: model folder, dtype, device. JSON lines in, `{"prompts": […], "max_tokens": …}`, JSON lines out. The first
 line out tells what was chosen. Prompts are padded on the left; greedy, past the end of sequence.
 """
 
@@ -17,11 +17,12 @@ NEVER = -1
 
 
 class Worker:
-    def __init__(self, folder: str, dtype: str) -> None:
+    def __init__(self, folder: str, dtype: str, device: str) -> None:
         import torch
         from transformers import AutoModelForCausalLM, AutoTokenizer
 
         self._torch = torch
+        self._device = device
         torch.set_grad_enabled(False)
         self._tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True, padding_side="left")
         self._tokenizer.pad_token = self._tokenizer.pad_token or self._tokenizer.eos_token
@@ -29,6 +30,7 @@ class Worker:
             folder, dtype=getattr(torch, dtype), local_files_only=True
         )
         self._model.train(False)
+        self._model.to(device)
         self.attention = ""
 
     def tune(self) -> dict[str, float]:
@@ -53,6 +55,7 @@ class Worker:
 
             def __call__(self, input_ids: Any, scores: Any, **_: Any) -> Any:
                 if not first_s:
+                    input_ids[0, -1].item()  # a GPU has not computed it before somebody looks
                     first_s.append(time.perf_counter() - begun_s)
                 return never
 
@@ -63,9 +66,9 @@ class Worker:
             eos_token_id=NEVER,
             pad_token_id=self._tokenizer.pad_token_id,
         )
-        never = self._torch.zeros(len(prompts), dtype=self._torch.bool)
+        never = self._torch.zeros(len(prompts), dtype=self._torch.bool, device=self._device)
         begun_s = time.perf_counter()
-        batch = self._tokenizer(prompts, return_tensors="pt", padding=True)
+        batch = self._tokenizer(prompts, return_tensors="pt", padding=True).to(self._device)
         with self._torch.inference_mode():
             found = self._model.generate(  # type: ignore[misc]
                 input_ids=batch["input_ids"],
@@ -73,16 +76,16 @@ class Worker:
                 generation_config=config,
                 stopping_criteria=StoppingCriteriaList([Watch()]),
             )
-        last_s = time.perf_counter() - begun_s
         token_ids = found[:, batch["input_ids"].shape[1] :].tolist()
+        last_s = time.perf_counter() - begun_s
         return {"first_s": first_s[0], "last_s": last_s, "token_ids": token_ids}
 
 
 def main() -> None:
-    folder, dtype = sys.argv[1:3]
+    folder, dtype, device = sys.argv[1:4]
     # Whatever a library prints must not be taken for an answer.
     out, sys.stdout = sys.stdout, sys.stderr
-    worker = Worker(folder, dtype)
+    worker = Worker(folder, dtype, device)
     tuned = worker.tune()
     import torch
 

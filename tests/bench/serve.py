@@ -32,7 +32,9 @@ TIMEOUT_S = 300.0
 class Serve:
     """A `Subject`."""
 
-    def __init__(self, folder: Path, dtype: str, *, port: int, log_file: Path, batching: bool) -> None:
+    def __init__(
+        self, folder: Path, dtype: str, device: str, *, port: int, log_file: Path, batching: bool
+    ) -> None:
         self.name = "serve batching" if batching else "serve"
         self._folder = folder
         self._url = f"http://{HOST}:{port}"
@@ -40,7 +42,7 @@ class Serve:
             self.name,
             [
                 *(sys.executable, "-m", "transformers.cli.transformers", "serve", str(folder)),
-                *("--host", HOST, "--port", str(port), "--dtype", dtype, "--device", "cpu"),
+                *("--host", HOST, "--port", str(port), "--dtype", dtype, "--device", device),
                 *("--log-level", "error"),
                 *(["--continuous-batching"] if batching else []),
             ],
