@@ -102,6 +102,10 @@ bench-start: dev-env ## Measure from the start of inference to its first token, 
 soak: dev-env ## Load the platform for MINUTES=20 with all kinds of requests, and judge memory and what is left
 	@$(PY) -m tests.bench.soak $(if $(MINUTES),--minutes $(MINUTES)) $(ARGS)
 
+.PHONY: native-check
+native-check: ## Run the native step with the sanitizers of the C compiler over odd shapes (ROUNDS=8)
+	@tests/native/run-checks $(or $(ROUNDS),8)
+
 .PHONY: lock
 lock: dev-env ## Resolve the dependencies anew into requirements/ and deploy/dev/jgo.lock.toml (UPGRADE=1: newer ones)
 	@for group in $(GROUPS); do \

@@ -154,7 +154,7 @@ static void attend(const struct attention *a)
         int count = 0;
         for (; count < MAX_COLUMNS && t + count * PANEL <= last; count++)
             pages[count] = page_at(a, t / PANEL + count);
-        (a->bf16 ? product_bf16 : product_float)(pages, count, dim, packed, dim, scores + t - first, stride, queries);
+        (a->bf16 ? product_bf16 : product_float)(pages, count, NULL, dim, packed, dim, scores + t - first, stride, queries);
     }
 
     float totals[queries];

@@ -1,10 +1,15 @@
-/* Makes a model: one mapping for weights and scratch, one for the pool, whose pages cost nothing until they are
- * written. */
+/* Makes a model: one mapping for weights and scratch, one for the pool. */
 #include "model.h"
 
 #include <stdlib.h>
 #include <string.h>
 #include <sys/mman.h>
+
+#if defined(__SANITIZE_ADDRESS__)
+#include <sanitizer/asan_interface.h> /* the gaps between pieces of one mapping: see take() */
+#endif
+
+enum { HUGE_PAGE = 2 << 20 };
 
 static const struct kernels *const VARIANTS[] = {
 #if defined(__x86_64__)
@@ -57,8 +62,13 @@ struct arena {
 
 static void *take(struct arena *arena, size_t bytes)
 {
-    void *at = arena->base ? arena->base + arena->used : NULL;
+    char *at = arena->base ? arena->base + arena->used : NULL;
     arena->used += (bytes + 63) / 64 * 64;
+#if defined(__SANITIZE_ADDRESS__)
+    if (at)
+        __asan_poison_memory_region(at + bytes, arena->base + arena->used + 64 - (at + bytes));
+    arena->used += 64;
+#endif
     return at;
 }
 
@@ -129,18 +139,26 @@ static void lay_out(struct native_model *m, struct arena *arena, const int32_t *
     m->attention_scratch = take_floats(arena, m->attention_scratch_stride * (size_t)c->threads);
 }
 
-static char *map(size_t bytes, int huge)
+static size_t whole_pages(size_t bytes)
 {
-    char *memory = mmap(NULL, bytes, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
+    return (bytes + 65535) / 65536 * 65536; /* no system has larger ones */
+}
+
+/* Zeros that cost nothing until they are touched. Huge pages spare most of the translation of addresses, which weights
+ * that stream by and pages of keys that lie anywhere would need. */
+static char *map(size_t bytes)
+{
+    char *memory = mmap(NULL, bytes + HUGE_PAGE, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
     if (memory == MAP_FAILED)
         return NULL;
+    const size_t before = -(uintptr_t)memory % HUGE_PAGE;
+    if (before)
+        munmap(memory, before);
+    munmap(memory + before + bytes, HUGE_PAGE - before);
 #if defined(MADV_HUGEPAGE)
-    if (huge)
-        madvise(memory, bytes, MADV_HUGEPAGE); /* fewer misses while weights stream by */
-    else
-        madvise(memory, bytes, MADV_NOHUGEPAGE); /* only what is written costs memory */
+    madvise(memory + before, bytes, MADV_HUGEPAGE);
 #endif
-    return memory;
+    return memory + before;
 }
 
 struct native_model *native_model_new(const struct native_config *config, const char *instruction_set,
@@ -155,11 +173,12 @@ struct native_model *native_model_new(const struct native_config *config, const 
             m->kernels = VARIANTS[v];
     struct arena arena = {0};
     lay_out(m, &arena, windows, ropes);
-    m->memory_bytes = arena.used;
-    m->memory = map(m->memory_bytes, 1);
+    m->memory_bytes = whole_pages(arena.used);
+    m->memory = map(m->memory_bytes);
     m->page_head_bytes = page_head_bytes(config);
-    m->pages_bytes = native_page_bytes(config) * (size_t)config->pages;
-    m->pages = map(m->pages_bytes, 0);
+    m->page_bytes = native_page_bytes(config);
+    m->pages_bytes = whole_pages(m->page_bytes * (size_t)config->pages);
+    m->pages = map(m->pages_bytes);
     m->threads = pool_new(config->threads);
     if (!m->kernels || !m->memory || !m->pages || !m->threads) {
         native_model_free(m);
@@ -176,6 +195,10 @@ void native_model_free(struct native_model *m)
         pool_free(m->threads);
     if (m->pages)
         munmap(m->pages, m->pages_bytes);
+#if defined(__SANITIZE_ADDRESS__)
+    if (m->memory)
+        __asan_unpoison_memory_region(m->memory, m->memory_bytes);
+#endif
     if (m->memory)
         munmap(m->memory, m->memory_bytes);
     free(m);

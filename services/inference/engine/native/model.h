@@ -25,8 +25,8 @@ struct native_model {
     float *vectors; /* [layers + 1][NATIVE_VECTORS][vector_stride] */
     float **cosines, **sines; /* [ropes], each [context][head_dim / 2] */
 
-    char *pages; /* [layer][page][kv_head][page_head_bytes] */
-    size_t page_head_bytes;
+    char *pages; /* [page][layer][kv_head][page_head_bytes] */
+    size_t page_bytes, page_head_bytes;
 
     /* Scratch for max_rows rows; strides in floats. */
     int32_t vector_stride, ffn_width, hidden_stride, qkv_stride, attended_stride, ffn_stride;

@@ -17,8 +17,8 @@
 struct pass {
     struct native_model *m;
     const struct native_batch *batch;
-    const struct layer *layer; /* the next one's norm is in layer[1] */
-    int32_t index;             /* of the layer */
+    const struct layer *layer; /* layer[1] is the next */
+    size_t layer_offset;       /* in bytes, of the layer in a page */
     int32_t first;             /* of the slice's rows in the batch */
     int32_t rows, spans;
     const int32_t *wanted; /* of the slice */
@@ -96,10 +96,10 @@ static void place_rows(void *argument, int32_t begin, int32_t end, int32_t worke
         }
         k->scale(queries, c->query_scale, c->heads * dim);
         const int32_t *table = p->batch->page_table + (long)p->batch->sequences[at] * p->batch->page_columns;
-        const size_t page = (size_t)p->index * c->pages + (size_t)table[position / PAGE_TOKENS];
+        char *page = m->pages + (size_t)table[position / PAGE_TOKENS] * m->page_bytes + p->layer_offset;
         for (int32_t h = 0; h < c->kv_heads; h++)
-            k->keep(m->pages + (page * c->kv_heads + h) * m->page_head_bytes, position % PAGE_TOKENS, keys + h * dim,
-                    values + h * dim, dim, c->bf16);
+            k->keep(page + (size_t)h * m->page_head_bytes, position % PAGE_TOKENS, keys + h * dim, values + h * dim,
+                    dim, c->bf16);
     }
 }
 
@@ -112,7 +112,6 @@ static void attend_spans(void *argument, int32_t begin, int32_t end, int32_t wor
     for (int32_t i = begin; i < end; i++) {
         const struct span span = m->spans[i / c->kv_heads];
         const int32_t head = i % c->kv_heads, group = c->heads / c->kv_heads, at = p->first + span.row;
-        const size_t first_page = (size_t)p->index * c->pages;
         const struct attention a = {
             .rows = span.rows,
             .group = group,
@@ -123,8 +122,8 @@ static void attend_spans(void *argument, int32_t begin, int32_t end, int32_t wor
             .softcap = c->attention_softcap,
             .queries = m->qkv + (long)span.row * m->qkv_stride + head * group * c->head_dim,
             .query_stride = m->qkv_stride,
-            .pool = m->pages + (first_page * c->kv_heads + head) * m->page_head_bytes,
-            .page_stride = (size_t)c->kv_heads * m->page_head_bytes,
+            .pool = m->pages + p->layer_offset + (size_t)head * m->page_head_bytes,
+            .page_stride = m->page_bytes,
             .page_table = p->batch->page_table + (long)p->batch->sequences[at] * p->batch->page_columns,
             .outputs = m->attended + (long)span.row * m->attended_stride + head * group * c->head_dim,
             .output_stride = m->attended_stride,
@@ -243,8 +242,11 @@ void native_step(struct native_model *m, const struct native_batch *batch)
             pass.wanted_rows++;
         find_spans(&pass);
         pool_run(m->threads, embed_rows, &pass, pass.rows, 4);
-        for (; pass.index < c->layers; pass.index++, pass.layer++)
+        for (int32_t i = 0; i < c->layers; i++) {
+            pass.layer = &m->layers[i];
+            pass.layer_offset = (size_t)i * c->kv_heads * m->page_head_bytes;
             run_layer(&pass);
+        }
         if (pass.wanted_rows)
             run_head(&pass, batch->logits + (long)done * batch->logit_stride);
         done += pass.wanted_rows;
