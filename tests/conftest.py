@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import signal
 from collections.abc import AsyncIterator, Callable, Iterator
 from pathlib import Path
@@ -13,6 +14,10 @@ from deploy.dev.broker import Broker
 from tests.framework import broker as brokers
 from tests.framework.mesh import MeshHarness
 from tests.framework.ports import PortReservations
+
+# As in the engine's process (docs/decisions/0021): threads of torch that spin while they wait take the cores
+# from each other wherever tests run side by side.
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 MeshFactory = Callable[..., MeshHarness]
 

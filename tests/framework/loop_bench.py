@@ -8,7 +8,7 @@ from services.inference.engine.loop import EngineLoop, LoadedModel
 from services.inference.engine.port import GenerationRequest, ModelInfo, Prompt, Sampling
 from services.inference.engine.sampler import SamplingDefaults
 from services.inference.engine.scheduler import ScheduleLimits
-from services.inference.engine.step import PAGE_TOKENS
+from services.inference.engine.step import PAGE_TOKENS, Step
 from services.inference.engine.tokenizer import PromptTokenizer
 from tests.framework.page_model import PageModel
 
@@ -35,32 +35,41 @@ class _Bytes:
         return [_POISON_TOKEN if byte == poison else byte for byte in text.encode()]
 
 
-class LoopBench:
-    """The loop, its step, its events."""
+class _Numbers:
+    """A tokenizer for models without one: a text is the ids of its tokens."""
+
+    chat_template = None
+
+    def encode(self, text: str) -> list[int]:
+        return [int(number) for number in text.split()]
+
+
+class LoopBase:
+    """A loop over any step, and its events."""
 
     def __init__(
         self,
+        step: Step,
         *,
-        pages: int = 4 * CONTEXT_TOKENS // PAGE_TOKENS,
+        tokenizer: PromptTokenizer | None = None,
         limits: ScheduleLimits = LIMITS,
+        keep_prefixes: bool = True,
     ) -> None:
-        pieces = [*(bytes([byte]) for byte in range(256)), POISON.encode()]
-        self.tokenizer = PromptTokenizer(_Bytes(), TokenTable(pieces, frozenset(), Spelling(str.encode)))
+        """Without a tokenizer, texts are the ids of their tokens."""
+        pieces = [f"{token} ".encode() for token in range(step.vocab_tokens)]
+        table = TokenTable(pieces, frozenset(), Spelling(str.encode))
+        self.tokenizer = tokenizer or PromptTokenizer(_Numbers(), table)
         self.limits = limits
+        self.pages = step.pages
         self.now_s = 0.0
         self.step_s = 0.0
         """How long each step takes on the test's clock."""
-        self.step = PageModel(
-            pages=pages,
-            vocab_tokens=len(self.tokenizer.table),
-            context_tokens=CONTEXT_TOKENS,
-            says_below=_POISON_TOKEN,
-            fails_on=lambda row: _POISON_TOKEN in row.tokens,
-        )
-        context_tokens = min(CONTEXT_TOKENS, pages * PAGE_TOKENS)
+        context_tokens = min(step.context_tokens, step.pages * PAGE_TOKENS)
         info = ModelInfo("page-model", "1", context_tokens)
-        model = LoadedModel(info, self.step, self.tokenizer, frozenset({EOS}), SamplingDefaults())
-        self.loop = EngineLoop(model, limits, self._monotonic, max_output_tokens=MAX_OUTPUT_TOKENS)
+        model = LoadedModel(info, step, self.tokenizer, frozenset({EOS}), SamplingDefaults())
+        self.loop = EngineLoop(
+            model, limits, self._monotonic, max_output_tokens=MAX_OUTPUT_TOKENS, keep_prefixes=keep_prefixes
+        )
         self.events: list[frames.JobEvent] = []
 
     def _monotonic(self) -> float:
@@ -71,7 +80,7 @@ class LoopBench:
     def turn(self) -> None:
         self.events += self.loop.step()
         assert self.loop.running <= self.limits.max_running
-        assert 0 <= self.loop.state.kv_pages_used <= self.step.pages
+        assert 0 <= self.loop.state.kv_pages_used <= self.pages
 
     def run(self) -> None:
         """To the end of all jobs."""
@@ -109,6 +118,27 @@ class LoopBench:
     def started(self) -> list[int]:
         """Jobs, in the order in which they began."""
         return [event.job for event in self.events if isinstance(event, frames.JobStarted)]
+
+
+class LoopBench(LoopBase):
+    """Over `PageModel`; tokens are bytes."""
+
+    def __init__(
+        self,
+        *,
+        pages: int = 4 * CONTEXT_TOKENS // PAGE_TOKENS,
+        limits: ScheduleLimits = LIMITS,
+    ) -> None:
+        pieces = [*(bytes([byte]) for byte in range(256)), POISON.encode()]
+        self.step = PageModel(
+            pages=pages,
+            vocab_tokens=len(pieces),
+            context_tokens=CONTEXT_TOKENS,
+            says_below=_POISON_TOKEN,
+            fails_on=lambda row: _POISON_TOKEN in row.tokens,
+        )
+        table = TokenTable(pieces, frozenset(), Spelling(str.encode))
+        super().__init__(self.step, tokenizer=PromptTokenizer(_Bytes(), table), limits=limits)
 
 
 def request(text: str, **fields: object) -> GenerationRequest:
