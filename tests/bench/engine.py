@@ -196,15 +196,13 @@ async def bench(options: Options, folder: Path, say: Progress) -> None:
     )
     machine = report.machine()
     say(
-        f"{machine['cpu']}, {machine['cores']} cores, load {machine['load_before'][0]}; {options.dtype} on {options.device};"
-        f" seed {plan.seed}"
+        f"{machine['cpu']}, {machine['cores']} cores, load {machine['load_before'][0]};"
+        f" {options.dtype} on {options.device}; seed {plan.seed}"
     )
     async with contextlib.AsyncExitStack() as stack:
-        everybody: list[Subject] = []
 
         async def take(subject: Subject) -> Subject:
             stack.push_async_callback(subject.stop)
-            everybody.append(subject)
             await warm_up(subject, plan, say)
             return subject
 

@@ -15,6 +15,7 @@ from typing import Any
 import psutil
 
 from deploy.dev.environment import ROOT
+from deploy.dev.processes import GUARD
 from tests.bench.subject import send
 from tests.bench.work import CannotMeasure, Stream, Work
 
@@ -36,9 +37,9 @@ class Generate:
 
     async def start(self) -> None:
         self._process = await asyncio.create_subprocess_exec(
-            sys.executable,
-            "-m",
-            "tests.bench.generate_worker",
+            # Ends with this process, even while it is stopped.
+            *(sys.executable, "-I", "-S", str(GUARD), str(os.getpid())),
+            *(sys.executable, "-m", "tests.bench.generate_worker"),
             str(self._folder),
             self._dtype,
             self._device,

@@ -1,7 +1,7 @@
 """transformers' `generate` in a process of its own: a static batch, as fast as its options make it.
 
-Arguments: model folder, dtype, device. JSON lines in, `{"prompts": […], "max_tokens": …}`, JSON lines out. The first
-line out tells what was chosen. Prompts are padded on the left; greedy, past the end of sequence.
+Arguments: model folder, dtype, device. JSON lines in, `{"prompts": […], "max_tokens": …}`, JSON lines out;
+the first one tells what was chosen. Prompts are padded on the left; greedy, past the end of sequence.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ class Worker:
             folder, dtype=getattr(torch, dtype), local_files_only=True
         )
         self._model.train(False)
-        self._model.to(device)
+        self._model.to(device)  # type: ignore[arg-type]
         self.attention = ""
 
     def tune(self) -> dict[str, float]:
