@@ -93,7 +93,7 @@ def test_the_pool_is_sized_by_what_is_free(family_models: dict[str, Path]) -> No
     free, _ = torch.cuda.mem_get_info()
     del small
     large = CudaStep.sized(weights, max_pages=1 << 60, max_step_tokens=64, max_rows=8)
-    assert large._keys.nbytes + large._values.nbytes < free
+    assert large._pool.nbytes < free
     assert torch.cuda.mem_get_info()[0] > 0
 
 
@@ -101,8 +101,7 @@ def test_nan_of_others_reaches_nobody(family_models: dict[str, Path]) -> None:
     step = CudaStep(load_weights(family_models["llama"], "float32"), pages=PAGES)
     expected = step.run([StepRow(PROMPTS[1], 0, [0, 1], 1)]).copy()
     with torch.inference_mode():
-        step._keys[:, :, :PAGES] = float("nan")
-        step._values[:, :, :PAGES] = float("nan")
+        step._pool[:, :, :PAGES] = float("nan")
     assert np.allclose(step.run([StepRow(PROMPTS[1], 0, [4, 9], 1)]), expected, atol=1e-4)
     decoded = step.run([StepRow((5,), len(PROMPTS[1]), [4, 9], 1)])
     assert np.isfinite(decoded).all()

@@ -23,10 +23,11 @@ def visible(group: Group, window: int) -> Tensor:
     return seen & (keys > group.positions - window) if window else seen
 
 
-def gather(pool: Tensor, group: Group, head_dim: int) -> Tensor:
-    """From a layer's [kv_heads, pages, ...] to [kv_heads * items, keys, head_dim]."""
+def gather(pool: Tensor, group: Group, head_dim: int) -> tuple[Tensor, Tensor]:
+    """Keys and values [kv_heads * items, length, head_dim], from a layer's [2 * kv_heads, pages, ...]."""
     pages = pool.index_select(1, group.pages)
-    return pages.view(pool.shape[0] * group.items, group.blocks * BLOCK_TOKENS, head_dim)
+    keys, values = pages.view(2, -1, group.blocks * BLOCK_TOKENS, head_dim)
+    return keys, values
 
 
 def attend_blocks(

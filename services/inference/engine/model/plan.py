@@ -88,8 +88,8 @@ class Plan:
     slots: Tensor
     """[tokens]: where in the pool (page * PAGE_TOKENS + place) keys and values go."""
     cleared: Tensor
-    """Slots behind the end of each sequence, up to the end of its page, which become zero: what another
-    sequence left there cannot reach a sum, not even as NaN."""
+    """Slots behind the end of each sequence that begins a page, up to the end of that page. They become zero:
+    what another sequence left there cannot reach a sum, not even as NaN."""
     groups: dict[int, tuple[Group, ...]]
     """By window."""
     logits: Tensor
@@ -193,7 +193,7 @@ class Planner:
             tokens=self._padded(np.concatenate([_ids(row.tokens) for row in rows]), tokens, 0),
             positions=self._padded(positions, tokens, 0),
             slots=self._padded(slots, tokens, self._pool.trash * PAGE_TOKENS),
-            cleared=self._cleared(slots[np.asarray(starts[1:]) - 1], tokens if static else None),
+            cleared=self._cleared(rows, slots[np.asarray(starts[1:]) - 1], tokens if static else None),
             groups={
                 window: tuple(self._groups(items, padding, window, tokens, static=static))
                 for window in sorted(set(self._shape.windows))
@@ -207,13 +207,17 @@ class Planner:
         fit = _GROUP_FLOATS // (self._shape.heads * end)
         return min(_TILE_TOKENS, 1 << max(0, fit.bit_length() - 1))
 
-    def _cleared(self, last_slots: Ints, rows: int | None) -> Tensor:
+    def _cleared(self, rows: Sequence[StepRow], last_slots: Ints, padded_rows: int | None) -> Tensor:
+        """`last_slots`: where each row's last token goes. `padded_rows`: where shapes are fixed."""
+        begins = np.asarray(
+            [len(row.tokens) > (row.position + len(row.tokens) - 1) % PAGE_TOKENS for row in rows]
+        )
         behind = last_slots[:, None] + np.arange(1, PAGE_TOKENS)
-        kept = behind // PAGE_TOKENS == last_slots[:, None] // PAGE_TOKENS
-        if rows is None:
+        kept = begins[:, None] & (behind // PAGE_TOKENS == last_slots[:, None] // PAGE_TOKENS)
+        if padded_rows is None:
             return self._tensor(behind[kept])
         trash = self._pool.trash * PAGE_TOKENS
-        return self._padded(np.where(kept, behind, trash).ravel(), rows * (PAGE_TOKENS - 1), trash)
+        return self._padded(np.where(kept, behind, trash).ravel(), padded_rows * (PAGE_TOKENS - 1), trash)
 
     def _groups(
         self, items: list[_Item], padding: list[_Item], window: int, tokens: int, *, static: bool

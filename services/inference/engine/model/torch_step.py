@@ -70,12 +70,10 @@ class TorchStep:
         """Makes the pool, and the planner that knows it."""
         self.pages = pages
         shape, pool = self.shape, Pool(pages)
-        size = (shape.layers, shape.kv_heads, pool.total, PAGE_TOKENS * shape.head_dim)
-        # Not touched before it is used: what has not been written is never summed.
-        self._keys = torch.empty(size, dtype=self._model.dtype, device=self._model.device)
-        self._values = torch.empty_like(self._keys)
-        self._keys[:, :, pool.zeros] = 0
-        self._values[:, :, pool.zeros] = 0
+        # Keys, then values. Not touched before it is used: what has not been written is never summed.
+        size = (shape.layers, 2 * shape.kv_heads, pool.total, PAGE_TOKENS * shape.head_dim)
+        self._pool = torch.empty(size, dtype=self._model.dtype, device=self._model.device)
+        self._pool[:, :, pool.zeros] = 0
         self._plan_with(_ROW_MULTIPLES[0])
 
     def _plan_with(self, row_multiple: int) -> None:
@@ -136,18 +134,18 @@ class TorchStep:
         if layer.qkv_bias is not None:
             qkv = qkv + layer.qkv_bias
         qkv = qkv.view(len(qkv), -1, shape.head_dim)
-        queries, keys, values = torch.split(qkv, [shape.heads, shape.kv_heads, shape.kv_heads], dim=1)
-        if layer.q_norm is not None:
-            queries = self._norm(queries, layer.q_norm)
-        if layer.k_norm is not None:
-            keys = self._norm(keys, layer.k_norm)
+        heads, values = torch.split(qkv, [shape.heads + shape.kv_heads, shape.kv_heads], dim=1)
+        if layer.q_norm is not None and layer.k_norm is not None:
+            queries, keys = heads[:, : shape.heads], heads[:, shape.heads :]
+            heads = torch.cat([self._norm(queries, layer.q_norm), self._norm(keys, layer.k_norm)], dim=1)
         if turn is not None:
-            queries, keys = _turned(queries, *turn), _turned(keys, *turn)
-        for pool, rows in ((self._keys[index], keys), (self._values[index], values)):
-            by_slot = pool.view(shape.kv_heads, -1, shape.head_dim)
-            by_slot.index_copy_(1, plan.slots, rows.transpose(0, 1).to(self._model.dtype))
-            by_slot.index_fill_(1, plan.cleared, 0)
-        return torch.mul(queries, shape.query_scale)
+            heads = _turned(heads, *turn)
+        slots = self._pool[index].view(2 * shape.kv_heads, -1, shape.head_dim)
+        kept = torch.cat([heads[:, shape.heads :], values], dim=1).transpose(0, 1)
+        slots.index_copy_(1, plan.slots, kept.to(self._model.dtype))
+        if len(plan.cleared):
+            slots.index_fill_(1, plan.cleared, 0)
+        return heads[:, : shape.heads] * shape.query_scale
 
     def _attended(self, index: int, queries: Tensor, groups: list[tuple[Group, Tensor]]) -> Tensor:
         """What the queries find, [tokens, heads * head_dim]."""
@@ -156,13 +154,9 @@ class TorchStep:
         # One row more than there are heads: what only pads is put there.
         mixed = by_head.new_zeros((len(by_head) + 1, head_dim))
         for group, seen in groups:
+            keys, values = gather(self._pool[index], group, head_dim)
             found = self._attend(
-                by_head.index_select(0, group.queries),
-                gather(self._keys[index], group, head_dim),
-                gather(self._values[index], group, head_dim),
-                seen,
-                group,
-                self.shape,
+                by_head.index_select(0, group.queries), keys, values, seen, group, self.shape
             )
             mixed.index_copy_(0, group.outputs, found)
         return mixed[:-1].view(len(queries), -1)
