@@ -7,6 +7,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from services.inference.engine.frames import Configure
+from services.inference.engine.kv_cache import pages_for
 from services.inference.engine.kv_memory import pool_pages
 from services.inference.engine.model.weights import ModelShape
 from services.inference.engine.step import Step
@@ -20,8 +21,9 @@ def make_step(configure: Configure, folder: Path, progress: Callable[[str], None
 
     Raises ModelUnusable where the model, or what the configuration insists on, cannot be had; OSError.
     """
-    device = _device(configure.device)
-    if device == "cpu" and configure.kernels != "torch":
+    if _device(configure.device) == "cuda":
+        return _cuda_step(configure, folder, progress)
+    if configure.kernels != "torch":
         from services.inference.engine.native.build import NativeUnavailable
 
         try:
@@ -30,7 +32,7 @@ def make_step(configure: Configure, folder: Path, progress: Callable[[str], None
             if configure.kernels == "native":
                 raise ModelUnusable(str(error)) from error
             logger.warning("torch computes the steps, more slowly: %s", error)
-    return _torch_step(configure, folder, device, progress)
+    return _torch_step(configure, folder, progress)
 
 
 def _native_step(configure: Configure, folder: Path, progress: Callable[[str], None]) -> Step:
@@ -47,7 +49,7 @@ def _native_step(configure: Configure, folder: Path, progress: Callable[[str], N
     return NativeStep(weights, library, pages=pages, threads=configure.threads)
 
 
-def _torch_step(configure: Configure, folder: Path, device: str, progress: Callable[[str], None]) -> Step:
+def _torch_step(configure: Configure, folder: Path, progress: Callable[[str], None]) -> Step:
     """Raises ModelUnusable, OSError."""
     import torch
 
@@ -56,13 +58,38 @@ def _torch_step(configure: Configure, folder: Path, device: str, progress: Calla
 
     dtype = configure.dtype
     if dtype == "auto":
-        # What the device computes natively; elsewhere bfloat16 is emulated, many times slower.
-        quick = device != "cpu" or torch.backends.cpu.get_cpu_capability().startswith("AVX512")
-        dtype = "bfloat16" if quick else "float32"
-    progress(f"loading weights as {dtype}, for torch on {device}")
+        # Elsewhere bfloat16 is emulated, many times slower.
+        native = torch.backends.cpu.get_cpu_capability().startswith("AVX512")
+        dtype = "bfloat16" if native else "float32"
+    progress(f"loading weights as {dtype}, for torch")
     weights = load_weights(folder, dtype)
     pages = _pages(configure, weights.shape, page_bytes(weights.shape, weights.head.dtype))
-    return TorchStep(weights, pages=pages, device=device)
+    return TorchStep(weights, pages=pages)
+
+
+def _cuda_step(configure: Configure, folder: Path, progress: Callable[[str], None]) -> Step:
+    """Raises ModelUnusable, OSError."""
+    from services.inference.engine.model.cuda_step import CudaStep
+    from services.inference.engine.model.loader import load_weights
+    from services.inference.engine.model.torch_step import page_bytes
+
+    if configure.kernels == "native":
+        raise ModelUnusable("the native step runs on a CPU; ask for device `cpu`")
+    dtype = "bfloat16" if configure.dtype == "auto" else configure.dtype
+    progress(f"loading weights as {dtype}, for CUDA")
+    weights = load_weights(folder, dtype)
+    wanted = configure.max_running * pages_for(weights.shape.context_tokens)
+    if configure.kv_cache_bytes:
+        wanted = min(wanted, configure.kv_cache_bytes // page_bytes(weights.shape, weights.head.dtype))
+    try:
+        return CudaStep.sized(
+            weights,
+            max_pages=max(1, wanted),
+            max_step_tokens=configure.max_prefill_tokens + configure.max_running,
+            max_rows=configure.max_running,
+        )
+    except RuntimeError as error:
+        raise ModelUnusable(str(error)) from error
 
 
 def _device(asked: str) -> str:
