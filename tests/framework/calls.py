@@ -8,8 +8,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import grpc
-from google.rpc import error_details_pb2
-from grpc_status import rpc_status
+from google.rpc import error_details_pb2, status_pb2
 from llmos.events.v1 import events_pb2
 from llmos.gateway.v1 import generation_pb2, generation_service_pb2, generation_service_pb2_grpc
 from llmos.logging.v1 import audit_service_pb2, audit_service_pb2_grpc
@@ -135,11 +134,14 @@ def request_id_of(error: grpc.aio.AioRpcError) -> str:
 
 
 def _info(error: grpc.aio.AioRpcError) -> Any:
+    # Read as a client in any language reads it. grpcio-status insists on equal messages in both places, and at
+    # its own deadline a client may write another one over ours.
     info = error_details_pb2.ErrorInfo()
-    status = rpc_status.from_call(error)
-    for detail in status.details if status else ():
-        if detail.Unpack(info):
-            break
+    for key, value in error.trailing_metadata() or ():
+        if key == "grpc-status-details-bin":
+            for detail in status_pb2.Status.FromString(value).details:
+                if detail.Unpack(info):
+                    break
     return info
 
 
