@@ -134,8 +134,8 @@ def request_id_of(error: grpc.aio.AioRpcError) -> str:
 
 
 def _info(error: grpc.aio.AioRpcError) -> Any:
-    # Read as a client in any language reads it. grpcio-status insists on equal messages in both places, and at
-    # its own deadline a client may write another one over ours.
+    # Read as a client in any language reads it. grpcio-status insists on equal messages in both places, and
+    # at its own deadline a client may write another one over ours.
     info = error_details_pb2.ErrorInfo()
     for key, value in error.trailing_metadata() or ():
         if key == "grpc-status-details-bin":
