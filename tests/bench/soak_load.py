@@ -119,7 +119,9 @@ class Load:
                     break
         except grpc.aio.AioRpcError as error:
             end = reason_of(error) or error.code().name
-            request_id = request_id or request_id_of(error)
+            if end != "DEADLINE_EXCEEDED":
+                # A deadline that passes before anybody knows who asks is no authenticated request.
+                request_id = request_id or request_id_of(error)
         finally:
             call.cancel()
         unbroken = seqs == list(range(1, len(seqs) + 1)) and not late

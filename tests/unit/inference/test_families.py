@@ -11,7 +11,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from services.inference.engine.model.families import FAMILIES
+from services.inference.engine.model.families import FAMILIES, complete_config, describe
 from services.inference.engine.model.loader import load_weights
 from services.inference.models import ModelUnusable
 from tests.framework.models import FAMILY_MODELS, FAMILY_WINDOW_TOKENS
@@ -226,3 +226,31 @@ def write_gguf(file: Path, stored: dict[str, torch.Tensor]) -> None:
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()
     writer.close()
+
+
+@pytest.mark.parametrize("name", FAMILY_MODELS)
+def test_a_complete_config_says_what_transformers_says(name: str, family_models: dict[str, Path]) -> None:
+    """Also each of its numbers; scaled ropes are left to transformers."""
+    from transformers import AutoConfig
+
+    folder = family_models[name]
+    own = complete_config(json.loads((folder / "config.json").read_bytes()))
+    if name in {"llama-llama3-rope", "llama-linear-rope", "llama-yarn-rope"}:
+        assert own is None
+        return
+    assert own is not None, "its import would cost every start seconds"
+    theirs = describe(AutoConfig.from_pretrained(folder), torch.float32)
+    ours = describe(own, torch.float32)
+    assert ours.shape == theirs.shape
+    for mine, reference in zip(ours.ropes, theirs.ropes, strict=True):
+        assert torch.equal(mine.inverse_frequencies, reference.inverse_frequencies)
+        assert mine.scale == reference.scale
+    flags = ("family", "qkv_bias", "output_bias", "tied")
+    assert [getattr(ours, flag) for flag in flags] == [getattr(theirs, flag) for flag in flags]
+
+
+@pytest.mark.parametrize("missing", ["num_key_value_heads", "rope_parameters", "rms_norm_eps", "layer_types"])
+def test_an_incomplete_config_is_left_to_transformers(missing: str, family_models: dict[str, Path]) -> None:
+    content = json.loads((family_models["qwen2"] / "config.json").read_bytes())
+    del content[missing]
+    assert complete_config(content) is None

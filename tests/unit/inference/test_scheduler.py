@@ -74,7 +74,7 @@ def test_any_mix_ends_once_and_loses_nothing(
             if each.at == turn:
                 asked = request(
                     each.text(number),
-                    n=each.n,
+                    n=min(each.n, max_running),
                     max_tokens=each.max_tokens,
                     sampling=GREEDY,
                     ignore_eos=True,
@@ -97,7 +97,7 @@ def test_any_mix_ends_once_and_loses_nothing(
             case frames.JobFinished():
                 assert not each.poisoned
                 answer = continuation(prompt, each.max_tokens, bench.step.says_below)
-                assert bench.tokens(number) == [answer] * each.n
+                assert bench.tokens(number) == [answer] * min(each.n, max_running)
             case frames.JobFailed(_, "ENGINE_FAULT"):
                 assert each.poisoned
             case frames.JobFailed(_, "DEADLINE_EXCEEDED"):

@@ -7,6 +7,7 @@ that says so: a model that runs is a model that runs right.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from types import SimpleNamespace
 from typing import Any, Literal
 
 import torch
@@ -75,8 +76,42 @@ def check_family(model_type: object) -> Family:
     return family
 
 
+_NUMBERS = (
+    *("hidden_size", "num_attention_heads", "num_key_value_heads", "num_hidden_layers", "intermediate_size"),
+    *("vocab_size", "max_position_embeddings", "rms_norm_eps"),
+)
+
+
+def complete_config(content: dict[str, Any]) -> Any:
+    """The content of a `config.json` as `describe` reads it, where it leaves nothing to defaults; else None.
+
+    Filling in what is missing or written in an older way, complaints about what makes no sense, and scaled
+    ropes are transformers' affair; but to import its configs takes longer than to load a small model.
+    """
+    family = check_family(content.get("model_type"))
+    needed = ["tie_word_embeddings", "rope_parameters", "hidden_activation" if family.gemma else "hidden_act"]
+    needed += ["layer_types"] * (family.sliding == "by_type")
+    needed += ["sliding_window"] * (family.sliding != "never")
+    needed += ["no_rope_layers"] * family.nope_layers
+    needed += ["head_dim"] * (family.gemma or family.qk_norm)
+    if family.gemma:
+        needed += ["query_pre_attn_scalar", "attn_logit_softcapping", "final_logit_softcapping"]
+    if family.text_config or any(name not in content for name in needed):
+        return None
+    if not all(isinstance(content.get(name), int | float) for name in _NUMBERS):
+        return None
+    ropes = content["rope_parameters"]
+    for rope in ropes.values() if family.rope_by_type else [ropes]:
+        if not isinstance(rope, dict) or rope.get("rope_type") != "default" or "rope_theta" not in rope:
+            return None
+    return SimpleNamespace(**content)
+
+
 def describe(config: Any, dtype: torch.dtype) -> Description:
-    """Reads a config of transformers. `dtype` is what the weights will have. Raises ModelUnusable."""
+    """Reads a config of transformers, or a complete one. `dtype` is that of the weights.
+
+    Raises ModelUnusable.
+    """
     model_type = config.model_type
     family = check_family(model_type)
     tied = bool(config.tie_word_embeddings)
@@ -155,14 +190,14 @@ def _ropes(config: Any, family: Family, head_dim: int) -> tuple[tuple[Rope, ...]
 
 
 def _rope(config: Any, parameters: dict[str, Any], head_dim: int, layer_type: str | None) -> Rope:
-    from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
-
     kind = parameters["rope_type"]
     if kind not in ROPE_TYPES:
         raise ModelUnusable(f"rope scaling {kind!r} is not served; those served: {', '.join(ROPE_TYPES)}")
     if kind == "default":
         exponents = torch.arange(0, head_dim, 2, dtype=torch.float32) / head_dim
         return Rope(1.0 / parameters["rope_theta"] ** exponents, 1.0)
+    from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
+
     frequencies, scale = ROPE_INIT_FUNCTIONS[kind](config, torch.device("cpu"), layer_type=layer_type)
     if len(frequencies) * 2 != head_dim:
         raise ModelUnusable(f"a rope over {len(frequencies) * 2} of {head_dim} dimensions is not served")

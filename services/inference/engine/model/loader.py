@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from services.inference.engine.model.families import Description, check_family, describe
+from services.inference.engine.model.families import Description, complete_config, describe
 from services.inference.engine.model.weights import LayerWeights, ModelWeights
 from services.inference.models import ModelUnusable
 
@@ -27,21 +27,24 @@ def load_weights(folder: Path, dtype: str) -> ModelWeights:
 
     `dtype` of the matrices: `float32` or `bfloat16`. Raises ModelUnusable, with what is wrong, and OSError.
     """
-    from transformers import AutoConfig
-
     target = DTYPES[dtype]
     files = sorted(folder.glob("*.safetensors"))
     if not files:
         return _load_gguf(folder, target)
     config = json.loads((folder / "config.json").read_bytes())
-    check_family(config.get("model_type"))
-    try:
-        known = AutoConfig.from_pretrained(folder, trust_remote_code=False, local_files_only=True)
-    except Exception as error:
-        raise ModelUnusable(f"{folder / 'config.json'}: {error}") from error
-    description = describe(known, target)
+    description = describe(complete_config(config) or _completed(folder), target)
     with _opened(files) as tensors:
         return _assemble(description, tensors, target)
+
+
+def _completed(folder: Path) -> Any:
+    """The config with what it leaves out."""
+    from transformers import AutoConfig
+
+    try:
+        return AutoConfig.from_pretrained(folder, trust_remote_code=False, local_files_only=True)
+    except Exception as error:
+        raise ModelUnusable(f"{folder / 'config.json'}: {error}") from error
 
 
 def _load_gguf(folder: Path, dtype: torch.dtype) -> ModelWeights:
