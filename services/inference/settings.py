@@ -59,7 +59,7 @@ class InferenceSettings(ServiceSettings):
     """The most that a choice may have, whatever the request asks for."""
     max_prefill_tokens: int = Field(default=256, ge=16, le=65_536)
     """Of prompts, in one step."""
-    step_target_ms: float = Field(default=100, ge=1, le=10_000)
+    step_target_ms: float = Field(default=200, ge=1, le=10_000)
     """Aimed at for a step that computes prompts beside others' answers: their time between two tokens."""
     kv_cache_bytes: int = Field(default=0, ge=0)
     """For keys and values, what is kept of finished prompts included; 0 takes half of the memory that is

@@ -41,7 +41,7 @@ class ScheduleLimits:
     """Of prompts, in one step."""
     min_prefill_tokens: int = 16
     """Computed in any step that has a prompt, however long its decoding takes."""
-    step_target_s: float = 0.1
+    step_target_s: float = 0.2
     """Aimed at for a step in which some decode and others prefill: the time between two tokens."""
 
 
