@@ -184,7 +184,8 @@ static int check(uint64_t seed, const char *instruction_set)
 
 int main(int argc, char **argv)
 {
-    const uint64_t rounds = argc > 1 ? strtoull(argv[1], NULL, 10) : 10, first = argc > 2 ? strtoull(argv[2], NULL, 10) : 1;
+    const uint64_t rounds = argc > 1 ? strtoull(argv[1], NULL, 10) : 10;
+    const uint64_t first = argc > 2 ? strtoull(argv[2], NULL, 10) : 1;
     const char *instruction_set;
     for (int32_t i = 0; (instruction_set = native_instruction_set(i)); i++)
         for (uint64_t seed = first; seed < first + rounds; seed++)

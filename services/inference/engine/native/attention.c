@@ -109,7 +109,7 @@ INLINE void sum_values_by_rows(int bf16, const struct attention *a, int32_t quer
             switch (some) {
 #define CASE(R)                                                                                                        \
     case R:                                                                                                            \
-        sum_values(R, bf16, a, panel, first, begin, end, from, stride, to, a->head_dim);                                      \
+        sum_values(R, bf16, a, panel, first, begin, end, from, stride, to, a->head_dim);                               \
         break;
                 CASE(1)
                 CASE(2)
@@ -154,7 +154,8 @@ static void attend(const struct attention *a)
         int count = 0;
         for (; count < MAX_COLUMNS && t + count * PANEL <= last; count++)
             pages[count] = page_at(a, t / PANEL + count);
-        (a->bf16 ? product_bf16 : product_float)(pages, count, NULL, dim, packed, dim, scores + t - first, stride, queries);
+        (a->bf16 ? product_bf16 : product_float)(pages, count, NULL, dim, packed, dim, scores + t - first, stride,
+                                                 queries);
     }
 
     float totals[queries];

@@ -89,8 +89,8 @@ INLINE int tiles(int rows, int bf16, int alone, const char *const *panels, int l
 }
 
 /* At most MAX_COLUMNS panels, anywhere in memory; `next`: as many that will be needed soon, or NULL. */
-INLINE void product(int bf16, const char *const *panels, int count, const char *const *next, int32_t inputs, const float *x,
-                    int32_t x_stride, float *y, int32_t y_stride, int32_t rows)
+INLINE void product(int bf16, const char *const *panels, int count, const char *const *next, int32_t inputs,
+                    const float *x, int32_t x_stride, float *y, int32_t y_stride, int32_t rows)
 {
     const int32_t turns = (rows + MAX_ROWS - 1) / MAX_ROWS;
     const long bytes = (long)panel_bytes(inputs, bf16);
@@ -100,8 +100,8 @@ INLINE void product(int bf16, const char *const *panels, int count, const char *
             struct ahead ahead = {panels + c, 0, 0};
             if (next)
                 ahead = (struct ahead){next + c, turn * (bytes / turns), (bf16 ? 32 : 64) / turns};
-            c += tiles(some, bf16, turns == 1, panels + c, count - c, &ahead, inputs, x + row * (long)x_stride, x_stride,
-                       y + row * (long)y_stride + c * PANEL, y_stride);
+            c += tiles(some, bf16, turns == 1, panels + c, count - c, &ahead, inputs, x + row * (long)x_stride,
+                       x_stride, y + row * (long)y_stride + c * PANEL, y_stride);
         }
         row += some;
     }

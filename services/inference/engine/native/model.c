@@ -148,7 +148,8 @@ static size_t whole_pages(size_t bytes)
  * that stream by and pages of keys that lie anywhere would need. */
 static char *map(size_t bytes)
 {
-    char *memory = mmap(NULL, bytes + HUGE_PAGE, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
+    const int flags = MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE;
+    char *memory = mmap(NULL, bytes + HUGE_PAGE, PROT_READ | PROT_WRITE, flags, -1, 0);
     if (memory == MAP_FAILED)
         return NULL;
     const size_t before = -(uintptr_t)memory % HUGE_PAGE;

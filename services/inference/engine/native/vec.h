@@ -83,11 +83,12 @@ INLINE float panel_sum(const vec *parts)
 {
     float lanes[PANEL];
     UNROLL for (int i = 0; i < PARTS; i++) store(lanes + i * WIDTH, parts[i]);
-    UNROLL for (int half = PANEL / 2; half; half /= 2) UNROLL for (int i = 0; i < half; i++) lanes[i] += lanes[i + half];
+    UNROLL for (int half = PANEL / 2; half; half /= 2)
+        UNROLL for (int i = 0; i < half; i++) lanes[i] += lanes[i + half];
     return lanes[0];
 }
 
-/* e^x, at most 1.1 units in the last place off (measured over all floats); clamped to where it is normal. */
+/* e^x, at most 1.1 units in the last place off (measured over every third float); clamped to where it is normal. */
 INLINE vec vec_exp(vec x)
 {
     x = choose(x < splat(-87.3f), splat(-87.3f), x);
@@ -106,6 +107,7 @@ INLINE vec vec_exp(vec x)
     return p * (vec)((vec_bits)(__builtin_convertvector(n, vec_int) + 127) << 23);
 }
 
+/* At most 1.4 units in the last place off, measured likewise. */
 INLINE vec vec_tanh(vec x)
 {
     const vec_int sign = (vec_int)x & (int32_t)0x80000000;
