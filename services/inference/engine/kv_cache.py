@@ -120,11 +120,6 @@ class KvCache:
                 self._idle[page] = None
         sequence.ids.clear()
 
-    def forget(self) -> None:
-        """Forgets every prefix that nobody holds."""
-        while self._idle:
-            self._free.append(self._evict())
-
     def _hold(self, page: int) -> None:
         self._idle.pop(page, None)
         self._holders[page] += 1

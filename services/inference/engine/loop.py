@@ -202,7 +202,7 @@ class EngineLoop:
                 return
             for job in hopeless:
                 self._end(job)
-                self._fail(job.id, DeadlineExceeded("The deadline could not be met; nothing was computed."))
+                self._fail(job.id, DeadlineExceeded("The deadline could not be met."))
 
     def _start(self, job: Job, cached_tokens: int) -> None:
         job.cached_tokens = cached_tokens

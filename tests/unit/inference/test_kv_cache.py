@@ -132,10 +132,6 @@ class Books(RuleBasedStateMachine):
         self.cache.close(each[0])
         self.open = [other for other in self.open if other is not each]
 
-    @rule()
-    def forget(self) -> None:
-        self.cache.forget()
-
     @invariant()
     def every_page_is_accounted_for(self) -> None:
         held = {page for sequence, _ in self.open for page in sequence.ids}
