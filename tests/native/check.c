@@ -9,7 +9,7 @@
 
 #include "native.h"
 
-enum { CONTEXT = 160, SEQUENCES = 5, COLUMNS = CONTEXT / PAGE_TOKENS };
+enum { LAYERS = 3, CONTEXT = 160, SEQUENCES = 5, COLUMNS = CONTEXT / PAGE_TOKENS };
 
 static uint64_t state;
 
@@ -19,60 +19,105 @@ static uint32_t number(uint32_t below)
     return (uint32_t)(state >> 33) % below;
 }
 
+/* Where float16 scales stand in a block, and how large a block is. */
+static const struct {
+    size_t bytes, scales;
+} BLOCKS[NATIVE_FORMATS] = {[NATIVE_Q8_0] = {34, 1}, [NATIVE_Q4_0] = {18, 1}, [NATIVE_Q4_1] = {20, 2},
+                            [NATIVE_Q4_K] = {144, 2}};
+
 /* Exactly as large as the content, so that a read past the end is seen. */
-static void *random_weight(size_t count, int bf16, float size, float middle)
+static void *random_weight(size_t rows, size_t columns, int32_t format, float size, float middle)
 {
-    void *values = malloc(count * (bf16 ? 2 : 4));
-    for (size_t i = 0; i < count; i++) {
+    const size_t bytes = rows * native_row_bytes(format, (int32_t)columns);
+    char *values = malloc(bytes);
+    if (format >= NATIVE_Q8_0) {
+        for (size_t i = 0; i < bytes; i++)
+            values[i] = (char)number(256);
+        for (size_t block = 0; block < bytes; block += BLOCKS[format].bytes)
+            for (size_t i = 0; i < BLOCKS[format].scales; i++) {
+                const uint32_t size = format == NATIVE_Q4_K ? 0x1000 : 0x1c00;
+                const uint16_t scale = (uint16_t)(number(2) << 15 | size | number(0x400));
+                memcpy(values + block + 2 * i, &scale, 2);
+            }
+        return values;
+    }
+    for (size_t i = 0; i < rows * columns; i++) {
         const float x = middle + size * ((float)number(20001) / 10000.0f - 1.0f);
-        if (bf16)
-            memcpy((char *)values + 2 * i, (const char *)&x + 2, 2);
+        if (format == NATIVE_BFLOAT16)
+            memcpy(values + 2 * i, (const char *)&x + 2, 2);
         else
-            memcpy((char *)values + 4 * i, &x, 4);
+            memcpy(values + 4 * i, &x, 4);
     }
     return values;
 }
 
-static void set(struct native_model *model, int32_t layer, int32_t weight, size_t count, int bf16, float size,
-                float middle)
+static void set(struct native_model *model, int32_t layer, int32_t weight, size_t count, float size, float middle)
 {
-    void *values = random_weight(count, bf16, size, middle);
+    void *values = random_weight(1, count, NATIVE_FLOAT32, size, middle);
     native_model_set(model, layer, weight, values);
     free(values);
+}
+
+static void set_matrix(struct native_model *model, int32_t layer, int32_t weight, size_t outputs, size_t inputs,
+                       int32_t format, float size)
+{
+    void *values = random_weight(outputs, inputs, format, size, 0);
+    native_model_set(model, layer, weight, values);
+    free(values);
+}
+
+/* Any that rows of so many inputs can have. */
+static int32_t random_format(int32_t inputs)
+{
+    int32_t format;
+    do
+        format = (int32_t)number(NATIVE_FORMATS);
+    while (!native_row_bytes(format, inputs));
+    return format;
 }
 
 static struct native_model *make(const struct native_config *c, const char *instruction_set, int features,
                                  uint64_t seed)
 {
     const int32_t windows[] = {0, 19, 5}, ropes[] = {0, -1, 1};
-    struct native_model *m = native_model_new(c, instruction_set, windows, ropes);
+    const size_t hidden = c->hidden, heads = c->heads * c->head_dim, keys = c->kv_heads * c->head_dim;
+    const size_t ffn = c->ffn, qkv = heads + 2 * keys;
+    const float small = 1.5f / sqrtf((float)hidden);
+    const struct {
+        size_t outputs, inputs;
+    } sizes[NATIVE_LAYER_MATRICES] = {{heads, hidden}, {keys, hidden}, {keys, hidden}, {hidden, heads},
+                                      {ffn, hidden},   {ffn, hidden},  {hidden, ffn}};
+    int32_t formats[LAYERS * NATIVE_LAYER_MATRICES + 2];
+    state = seed;
+    for (int32_t i = 0; i < LAYERS * NATIVE_LAYER_MATRICES; i++)
+        formats[i] = random_format((int32_t)sizes[i % NATIVE_LAYER_MATRICES].inputs);
+    int32_t *whole = formats + LAYERS * NATIVE_LAYER_MATRICES;
+    whole[0] = random_format(c->hidden);
+    whole[1] = c->tied ? whole[0] : random_format(c->hidden);
+    struct native_model *m = native_model_new(c, instruction_set, windows, ropes, formats);
     if (!m) {
         fprintf(stderr, "no model\n");
         exit(1);
     }
-    state = seed;
-    const size_t hidden = c->hidden, heads = c->heads * c->head_dim, qkv = heads + 2 * c->kv_heads * c->head_dim;
-    const float small = 1.5f / sqrtf((float)hidden);
     for (int32_t i = 0; i < c->layers; i++) {
-        set(m, i, NATIVE_ATTENTION_NORM, hidden, 0, 0.5f, 1);
-        set(m, i, NATIVE_FFN_NORM, hidden, 0, 0.5f, 1);
-        set(m, i, NATIVE_QKV, qkv * hidden, c->bf16, small, 0);
-        set(m, i, NATIVE_OUTPUT, hidden * heads, c->bf16, small, 0);
-        set(m, i, NATIVE_GATE_UP, 2 * c->ffn * hidden, c->bf16, small, 0);
-        set(m, i, NATIVE_DOWN, hidden * c->ffn, c->bf16, small, 0);
+        set(m, i, NATIVE_ATTENTION_NORM, hidden, 0.5f, 1);
+        set(m, i, NATIVE_FFN_NORM, hidden, 0.5f, 1);
+        for (int32_t w = 0; w < NATIVE_LAYER_MATRICES; w++)
+            set_matrix(m, i, NATIVE_VECTORS + w, sizes[w].outputs, sizes[w].inputs,
+                       formats[i * NATIVE_LAYER_MATRICES + w], small);
         if (features) {
-            set(m, i, NATIVE_QKV_BIAS, qkv, 0, 0.5f, 0);
-            set(m, i, NATIVE_OUTPUT_BIAS, hidden, 0, 0.5f, 0);
-            set(m, i, NATIVE_Q_NORM, c->head_dim, 0, 0.5f, 1);
-            set(m, i, NATIVE_K_NORM, c->head_dim, 0, 0.5f, 1);
-            set(m, i, NATIVE_POST_ATTENTION_NORM, hidden, 0, 0.5f, 1);
-            set(m, i, NATIVE_POST_FFN_NORM, hidden, 0, 0.5f, 1);
+            set(m, i, NATIVE_QKV_BIAS, qkv, 0.5f, 0);
+            set(m, i, NATIVE_OUTPUT_BIAS, hidden, 0.5f, 0);
+            set(m, i, NATIVE_Q_NORM, c->head_dim, 0.5f, 1);
+            set(m, i, NATIVE_K_NORM, c->head_dim, 0.5f, 1);
+            set(m, i, NATIVE_POST_ATTENTION_NORM, hidden, 0.5f, 1);
+            set(m, i, NATIVE_POST_FFN_NORM, hidden, 0.5f, 1);
         }
     }
-    set(m, -1, NATIVE_FINAL_NORM, hidden, 0, 0.5f, 1);
-    set(m, -1, NATIVE_HEAD, c->vocab * hidden, c->bf16, small, 0);
+    set(m, -1, NATIVE_FINAL_NORM, hidden, 0.5f, 1);
+    set_matrix(m, -1, NATIVE_HEAD, c->vocab, hidden, whole[1], small);
     if (!c->tied)
-        set(m, -1, NATIVE_EMBEDDING, c->vocab * hidden, c->bf16, 1, 0);
+        set_matrix(m, -1, NATIVE_EMBEDDING, c->vocab, hidden, whole[0], 1);
     const size_t turns = (size_t)CONTEXT * c->head_dim / 2;
     float *cosines = malloc(turns * sizeof(float)), *sines = malloc(turns * sizeof(float));
     for (int32_t rope = 0; rope < c->ropes; rope++) {
@@ -132,12 +177,16 @@ static int check(uint64_t seed, const char *instruction_set)
     const int features = (int)number(2);
     struct native_config c = {.hidden = 1 + (int32_t)number(90), .kv_heads = 1 + (int32_t)number(3),
                               .head_dim = 16 * (1 + (int32_t)number(5)), .ffn = 1 + (int32_t)number(90),
-                              .vocab = 2 + (int32_t)number(60), .context = CONTEXT, .layers = 3, .ropes = 2,
+                              .vocab = 2 + (int32_t)number(60), .context = CONTEXT, .layers = LAYERS, .ropes = 2,
                               .bf16 = (int32_t)number(2), .gelu_tanh = features, .tied = (int32_t)number(2),
                               .pages = SEQUENCES * COLUMNS, .threads = 1, .max_rows = CONTEXT, .norm_eps = 1e-5f,
                               .embedding_scale = 1.5f, .query_scale = 0.2f,
                               .attention_softcap = features ? 5.0f : 0.0f, .logit_softcap = features ? 9.0f : 0.0f};
     c.heads = c.kv_heads * (1 + (int32_t)number(9));
+    if (number(3)) { /* blocks need rows that they fill */
+        c.hidden = number(2) ? 256 : 32 * (1 + c.hidden / 32);
+        c.ffn = number(2) ? 256 : 32 * (1 + c.ffn / 32);
+    }
     const int32_t stride = (c.vocab + 15) / 16 * 16;
     struct sequence alone[SEQUENCES], mixed[SEQUENCES];
     for (int32_t s = 0; s < SEQUENCES; s++) {

@@ -11,7 +11,7 @@ from services.inference.engine.kv_cache import pages_for
 from services.inference.engine.kv_memory import pool_pages
 from services.inference.engine.model.weights import ModelShape
 from services.inference.engine.step import Step
-from services.inference.models import ModelUnusable
+from services.inference.models import ModelUnusable, block_formats, read_config
 
 logger = logging.getLogger(__name__)
 
@@ -21,7 +21,10 @@ def make_step(configure: Configure, folder: Path, progress: Callable[[str], None
 
     Raises ModelUnusable where the model, or what the configuration insists on, cannot be had; OSError.
     """
-    if _device(configure.device) == "cuda":
+    on_cuda = _device(configure.device) == "cuda"
+    if configure.dtype == "stored" and (on_cuda or configure.kernels == "torch"):
+        raise ModelUnusable("only the native step computes with stored blocks; ask for `bfloat16`")
+    if on_cuda:
         return _cuda_step(configure, folder, progress)
     if configure.kernels != "torch":
         from services.inference.engine.native.build import NativeUnavailable
@@ -29,7 +32,7 @@ def make_step(configure: Configure, folder: Path, progress: Callable[[str], None
         try:
             return _native_step(configure, folder, progress)
         except NativeUnavailable as error:
-            if configure.kernels == "native":
+            if configure.kernels == "native" or configure.dtype == "stored":
                 raise ModelUnusable(str(error)) from error
             logger.warning("torch computes the steps, more slowly: %s", error)
     return _torch_step(configure, folder, progress)
@@ -37,15 +40,18 @@ def make_step(configure: Configure, folder: Path, progress: Callable[[str], None
 
 def _native_step(configure: Configure, folder: Path, progress: Callable[[str], None]) -> Step:
     """Raises NativeUnavailable, ModelUnusable, OSError."""
-    from services.inference.engine.model.loader import load_weights
+    from services.inference.engine.model.loader import load_stored, load_weights
     from services.inference.engine.native.library import load_native
+    from services.inference.engine.native.parts import Weights, kv_dtype
     from services.inference.engine.native.step import NativeStep, page_bytes
 
     library = load_native(Path(configure.models_dir) / "native", progress)
-    dtype = "bfloat16" if configure.dtype == "auto" else configure.dtype
+    dtype = configure.dtype
+    if dtype == "auto":
+        dtype = "stored" if block_formats(read_config(folder)) else "bfloat16"
     progress(f"loading weights as {dtype}, for the native step")
-    weights = load_weights(folder, dtype)
-    pages = _pages(configure, weights.shape, page_bytes(weights.shape, weights.head.dtype))
+    weights: Weights = load_stored(folder) if dtype == "stored" else load_weights(folder, dtype)
+    pages = _pages(configure, weights.shape, page_bytes(weights.shape, kv_dtype(weights)))
     return NativeStep(weights, library, pages=pages, threads=configure.threads)
 
 

@@ -14,10 +14,13 @@ import pytest
 from services.inference.engine import frames
 from services.inference.engine.model.loader import load_weights
 from services.inference.engine.model.torch_step import TorchStep
+from services.inference.engine.native.parts import Weights
 from services.inference.engine.native.step import NativeStep
 from services.inference.engine.port import Sampling
 from services.inference.engine.scheduler import ScheduleLimits
 from services.inference.engine.step import Step
+from services.inference.models import BLOCK_FORMATS
+from tests.framework.blocks import quantised
 from tests.framework.loop_bench import EOS, LoopBase, request
 from tests.framework.models import FAMILY_MODELS, make_family_model
 from tests.framework.native import native_library
@@ -33,6 +36,8 @@ GREEDY = Sampling(temperature=0.0)
 SEEDED = Sampling(seed=5, temperature=1.0, top_p=0.95, top_k=40, repetition_penalty=1.1)
 NATIVE_SIZES = {"smollm3": {"hidden_size": 64}, "qwen3": {"head_dim": 32}}
 """The native step takes heads of a multiple of 16; smollm3 has hidden_size / heads."""
+IN_BLOCKS = {"hidden_size": 64, "intermediate_size": 96}
+"""Blocks need rows of a multiple of 32."""
 ON_TORCH = ("llama", "gemma3_text")
 """The other families run on torch in test_torch_step, sequence by sequence."""
 
@@ -68,12 +73,18 @@ def _until_eos(tokens: list[int]) -> list[int]:
     return tokens[: tokens.index(EOS) + 1] if EOS in tokens else tokens
 
 
-def native(folder: Path, dtype: str = "float32") -> Step:
-    return NativeStep(load_weights(folder, dtype), native_library(), pages=PAGES, threads=2)
+def native(folder: Path, weights: str = "float32", threads: int = 2) -> Step:
+    """`weights`: their dtype, or the format of blocks that they are quantised to."""
+    loaded: Weights
+    if weights in BLOCK_FORMATS:
+        loaded = quantised(load_weights(folder, "float32"), lambda name: weights)
+    else:
+        loaded = load_weights(folder, weights)
+    return NativeStep(loaded, native_library(), pages=PAGES, threads=threads)
 
 
-def torch_step(folder: Path, dtype: str = "float32") -> Step:
-    return TorchStep(load_weights(folder, dtype), pages=PAGES)
+def torch_step(folder: Path, weights: str = "float32", threads: int = 0) -> Step:
+    return TorchStep(load_weights(folder, weights), pages=PAGES)
 
 
 STEPS: dict[str, Callable[..., Step]] = {"native": native, "torch": torch_step}
@@ -121,18 +132,21 @@ def test_greedy_equals_generate_in_every_schedule(family: str, tmp_path: Path) -
 
 
 @pytest.mark.parametrize(
-    ("step", "dtype", "count"),
-    [("native", "float32", PROMPTS), ("native", "bfloat16", PROMPTS), ("torch", "float32", 4)],
+    ("step", "weights", "count"),
+    [
+        *[("native", weights, PROMPTS) for weights in ("float32", "bfloat16", "Q8_0", "Q4_1")],
+        ("torch", "float32", 4),
+    ],
 )
 def test_r05_prompts_cut_at_every_token_and_replayed(
-    step: str, dtype: str, count: int, tmp_path: Path
+    step: str, weights: str, count: int, tmp_path: Path
 ) -> None:
     """Greedy and seeded: what another replica goes on with is what the lost one would have said.
 
-    40 prompts on what serves; a few on the slower oracle.
+    40 prompts on what serves, and the replica has another number of threads; a few on the slower oracle.
     """
-    folder = make_family_model(tmp_path / "model", "llama", vocab_tokens=VOCAB_TOKENS)
-    model = STEPS[step](folder, dtype)
+    folder = make_family_model(tmp_path / "model", "llama", vocab_tokens=VOCAB_TOKENS, **IN_BLOCKS)
+    model, other = (STEPS[step](folder, weights, threads) for threads in (2, 1))
     if not model.exact_replay:
         pytest.skip(f"{model.numerics} does not promise an exact replay on this machine")
     asked = {
@@ -143,7 +157,7 @@ def test_r05_prompts_cut_at_every_token_and_replayed(
     }
     whole = LoopBase(model, limits=LIMITS, keep_prefixes=False)
     run(whole, asked, Random(SEED))
-    replica = LoopBase(model, limits=LIMITS, keep_prefixes=False)
+    replica = LoopBase(other, limits=LIMITS, keep_prefixes=False)
     cuts = {}
     for number, each in asked.items():
         tokens = whole.tokens(number)[0]

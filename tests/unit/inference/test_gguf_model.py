@@ -76,7 +76,7 @@ def test_the_folder_holds_what_transformers_reads_from_the_file(tmp_path: Path) 
     folder = tmp_path / "folder"
     folder.mkdir()
     said: list[int] = []
-    convert(file, folder, {"temperature": 0.5}, lambda percent, text: said.append(percent))
+    convert(file, folder, {"temperature": 0.5}, lambda percent, text: said.append(percent), keep_blocks=False)
     assert said == sorted(said)
 
     ours = AutoModelForCausalLM.from_pretrained(folder, local_files_only=True)
@@ -103,9 +103,38 @@ def test_the_folder_holds_what_transformers_reads_from_the_file(tmp_path: Path) 
     assert merges == [["a", "b"], ["Ġ", "a"]]
 
 
+def test_blocks_are_kept_and_mean_the_same(tmp_path: Path) -> None:
+    import torch
+
+    from services.inference.engine.model.loader import load_stored, load_weights
+    from services.inference.engine.model.weights import Blocks
+
+    file = write_gguf(tmp_path / "model.gguf")
+    folders = {keep: tmp_path / str(keep) for keep in (True, False)}
+    for keep, folder in folders.items():
+        folder.mkdir()
+        convert(file, folder, {}, lambda percent, text: None, keep_blocks=keep)
+    stored = load_stored(folders[True])
+    assert all(isinstance(part, Blocks) and part.format == "Q8_0" for part in stored.layers[1].qkv)
+    sizes = {keep: (folder / "model.safetensors").stat().st_size for keep, folder in folders.items()}
+    assert sizes[True] < 0.4 * sizes[False]
+    for dtype in ("float32", "bfloat16"):
+        ours, expected = (load_weights(folders[keep], dtype) for keep in (True, False))
+        for index, layer in enumerate(expected.layers):
+            for name in ("qkv", "output", "gate_up", "down", "attention_norm", "ffn_norm"):
+                assert torch.equal(getattr(ours.layers[index], name), getattr(layer, name)), name
+        assert torch.equal(ours.embedding, expected.embedding)
+
+
 @pytest.mark.parametrize(
     "file", [{"extra": "output"}, {"extra": "blk.0.attn_q_norm"}, {"model": "llama"}], ids=str
 )
 def test_what_is_not_known_is_refused(tmp_path: Path, file: dict[str, str]) -> None:
     with pytest.raises(UnknownLayout):
-        convert(write_gguf(tmp_path / "model.gguf", **file), tmp_path, {}, lambda percent, text: None)
+        convert(
+            write_gguf(tmp_path / "model.gguf", **file),
+            tmp_path,
+            {},
+            lambda percent, text: None,
+            keep_blocks=True,
+        )

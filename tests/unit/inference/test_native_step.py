@@ -204,7 +204,7 @@ def test_numerics_name_what_computes():
         for name in instruction_sets()
     }
     assert len(names) == 2 * len(instruction_sets())
-    assert make(float32).numerics == f"native-1/float32/{instruction_sets()[0]}"
+    assert make(float32).numerics == f"native-2/float32/{instruction_sets()[0]}"
 
 
 def test_what_is_not_supported_is_said():

@@ -39,7 +39,7 @@ class _Graph:
 class CudaStep(TorchStep):
     """`Step` on one GPU."""
 
-    def __init__(self, weights: ModelWeights, *, pages: int, device: str = "cuda") -> None:
+    def __init__(self, weights: ModelWeights[Tensor], *, pages: int, device: str = "cuda") -> None:
         """See TorchStep. Raises RuntimeError where there is no such device."""
         super().__init__(weights, pages=pages, device=device)
         self.numerics += "/graphs"
@@ -48,7 +48,7 @@ class CudaStep(TorchStep):
     @classmethod
     def sized(
         cls,
-        weights: ModelWeights,
+        weights: ModelWeights[Tensor],
         *,
         max_pages: int,
         max_step_tokens: int,

@@ -1,40 +1,66 @@
 """Model folders to tensors.
 
 Safetensors are read tensor by tensor, each straight into its place: the fused matrices are never held twice.
-A GGUF file is dequantised by transformers. Code that a folder may bring along is never run.
+Quantised blocks in them (see `quantisation`) are kept or dequantised. A GGUF file is dequantised by
+transformers. Code that a folder may bring along is never run.
 """
 
 from __future__ import annotations
 
-import json
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol, TypeVar
 
 import torch
 from torch import Tensor
 
 from services.inference.engine.model.families import Description, complete_config, describe
-from services.inference.engine.model.weights import LayerWeights, ModelWeights
-from services.inference.models import ModelUnusable
+from services.inference.engine.model.weights import Blocks, LayerWeights, ModelWeights, Parts
+from services.inference.models import ModelUnusable, block_formats, read_config
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+M_co = TypeVar("M_co", covariant=True)
+M = TypeVar("M")
 
 
-def load_weights(folder: Path, dtype: str) -> ModelWeights:
+class Stack(Protocol[M_co]):
+    """Makes a matrix of `inputs` columns of its parts; each comes with the number of rows it must have."""
+
+    def __call__(self, inputs: int, *parts: tuple[int, Tensor | Blocks]) -> M_co:
+        """Raises ModelUnusable."""
+
+
+def load_weights(folder: Path, dtype: str) -> ModelWeights[Tensor]:
     """Loads a folder that holds `config.json` and safetensors, or one GGUF file.
 
     `dtype` of the matrices: `float32` or `bfloat16`. Raises ModelUnusable, with what is wrong, and OSError.
     """
     target = DTYPES[dtype]
-    files = sorted(folder.glob("*.safetensors"))
-    if not files:
+    if not any(folder.glob("*.safetensors")):
         return _load_gguf(folder, target)
-    config = json.loads((folder / "config.json").read_bytes())
-    description = describe(complete_config(config) or _completed(folder), target)
-    with _opened(files) as tensors:
-        return _assemble(description, tensors, target)
+    return _load(folder, target, partial(_dense, target))
+
+
+def load_stored(folder: Path) -> ModelWeights[Parts]:
+    """Loads a folder of safetensors as it is stored: quantised blocks are kept. Raises as `load_weights`."""
+    return _load(folder, torch.float32, _stored)
+
+
+def _load(folder: Path, dtype: torch.dtype, stack: Stack[M]) -> ModelWeights[M]:
+    content = read_config(folder)
+    formats = block_formats(content)
+    if formats:
+        del content["quantization_config"]
+    config = complete_config(content)
+    if config is None:
+        config = _completed(folder)
+        if formats:
+            config.quantization_config = None
+    description = describe(config, dtype)
+    with _opened(sorted(folder.glob("*.safetensors")), formats) as tensors:
+        return _assemble(description, tensors, stack)
 
 
 def _completed(folder: Path) -> Any:
@@ -47,7 +73,7 @@ def _completed(folder: Path) -> Any:
         raise ModelUnusable(f"{folder / 'config.json'}: {error}") from error
 
 
-def _load_gguf(folder: Path, dtype: torch.dtype) -> ModelWeights:
+def _load_gguf(folder: Path, dtype: torch.dtype) -> ModelWeights[Tensor]:
     from transformers import AutoModelForCausalLM, GgufConfig
 
     files = sorted(folder.glob("*.gguf"))
@@ -78,36 +104,48 @@ def _load_gguf(folder: Path, dtype: torch.dtype) -> ModelWeights:
     # It says how the file stored them; the tensors are plain by now.
     config.quantization_config = None
     # Each tensor is let go of once it has been copied to its place.
-    return _assemble(describe(config, dtype), _Tensors(state.pop, state), dtype)
+    return _assemble(describe(config, dtype), _Tensors(state.pop, state, {}), partial(_dense, dtype))
 
 
 class _Tensors:
     """A model's tensors by name, whatever they stand under."""
 
-    def __init__(self, read: Callable[[str], Tensor], names: Any) -> None:
+    def __init__(self, read: Callable[[str], Tensor], names: Any, formats: Mapping[str, str]) -> None:
+        """`formats`: of those that are blocks."""
         self._read = read
         self._names = set(names)
+        self._formats = formats
         embeddings = [name for name in self._names if name.endswith("embed_tokens.weight")]
         if len(embeddings) != 1:
             raise ModelUnusable(f"{len(embeddings)} tensors are named *embed_tokens.weight, not one")
         # A language model inside a larger one has a longer prefix.
         self._prefix = embeddings[0].removesuffix("embed_tokens.weight")
 
-    def get(self, name: str) -> Tensor:
+    def matrix(self, name: str) -> Tensor | Blocks:
         return self._get(self._prefix + name)
 
-    def head(self) -> Tensor:
+    def vector(self, name: str) -> Tensor:
+        found = self._get(self._prefix + name)
+        if isinstance(found, Blocks):
+            raise ModelUnusable(f"{name} is in blocks, which only matrices can be")
+        return found
+
+    def head(self) -> Tensor | Blocks:
         heads = [name for name in self._names if name.endswith("lm_head.weight")]
         return self._get(heads[0] if heads else "lm_head.weight")
 
-    def _get(self, name: str) -> Tensor:
+    def _get(self, name: str) -> Tensor | Blocks:
         if name not in self._names:
             raise ModelUnusable(f"the weights lack {name}")
-        return self._read(name)
+        if name not in self._formats:
+            return self._read(name)
+        from services.inference.engine.model.blocks import blocks_of
+
+        return blocks_of(self._read(name), self._formats[name])
 
 
 @contextmanager
-def _opened(files: list[Path]) -> Iterator[_Tensors]:
+def _opened(files: list[Path], formats: Mapping[str, str]) -> Iterator[_Tensors]:
     from safetensors import SafetensorError, safe_open
 
     with ExitStack() as stack:
@@ -118,77 +156,90 @@ def _opened(files: list[Path]) -> Iterator[_Tensors]:
             except SafetensorError as error:
                 raise ModelUnusable(f"{file}: {error}") from error
             readers.update(dict.fromkeys(reader.keys(), reader))
-        yield _Tensors(lambda name: readers[name].get_tensor(name), readers)
+        yield _Tensors(lambda name: readers[name].get_tensor(name), readers, formats)
 
 
-def _assemble(description: Description, tensors: _Tensors, dtype: torch.dtype) -> ModelWeights:
+def _assemble(description: Description, tensors: _Tensors, stack: Stack[M]) -> ModelWeights[M]:
     shape = description.shape
-    embedding = _matrix(dtype, shape.hidden, (shape.vocab_tokens, tensors.get("embed_tokens.weight")))
-    head = (
-        embedding if description.tied else _matrix(dtype, shape.hidden, (shape.vocab_tokens, tensors.head()))
-    )
+    embedding = stack(shape.hidden, (shape.vocab_tokens, tensors.matrix("embed_tokens.weight")))
+    head = embedding if description.tied else stack(shape.hidden, (shape.vocab_tokens, tensors.head()))
     return ModelWeights(
         shape=shape,
         embedding=embedding,
-        layers=tuple(_layer(description, tensors, index, dtype) for index in range(shape.layers)),
-        final_norm=_norm(description, tensors.get("norm.weight"), shape.hidden),
+        layers=tuple(_layer(description, tensors, index, stack) for index in range(shape.layers)),
+        final_norm=_norm(description, tensors.vector("norm.weight"), shape.hidden),
         head=head,
         ropes=description.ropes,
     )
 
 
-def _layer(description: Description, tensors: _Tensors, index: int, dtype: torch.dtype) -> LayerWeights:
+def _layer(description: Description, tensors: _Tensors, index: int, stack: Stack[M]) -> LayerWeights[M]:
     family, shape = description.family, description.shape
     queries, keys = shape.heads * shape.head_dim, shape.kv_heads * shape.head_dim
 
-    def get(name: str) -> Tensor:
-        return tensors.get(f"layers.{index}.{name}")
+    def get(name: str) -> Tensor | Blocks:
+        return tensors.matrix(f"layers.{index}.{name}_proj.weight")
+
+    def vector(name: str) -> Tensor:
+        return tensors.vector(f"layers.{index}.{name}")
 
     def norm(name: str, size: int) -> Tensor:
-        return _norm(description, get(f"{name}.weight"), size)
+        return _norm(description, vector(f"{name}.weight"), size)
 
     def bias(*parts: tuple[str, int]) -> Tensor:
-        return torch.cat([_vector(get(f"self_attn.{name}_proj.bias"), size) for name, size in parts])
+        return torch.cat([_vector(vector(f"self_attn.{name}_proj.bias"), size) for name, size in parts])
 
     return LayerWeights(
         attention_norm=norm("input_layernorm", shape.hidden),
-        qkv=_matrix(
-            dtype,
+        qkv=stack(
             shape.hidden,
-            (queries, get("self_attn.q_proj.weight")),
-            (keys, get("self_attn.k_proj.weight")),
-            (keys, get("self_attn.v_proj.weight")),
+            (queries, get("self_attn.q")),
+            (keys, get("self_attn.k")),
+            (keys, get("self_attn.v")),
         ),
         qkv_bias=bias(("q", queries), ("k", keys), ("v", keys)) if description.qkv_bias else None,
         q_norm=norm("self_attn.q_norm", shape.head_dim) if family.qk_norm else None,
         k_norm=norm("self_attn.k_norm", shape.head_dim) if family.qk_norm else None,
-        output=_matrix(dtype, queries, (shape.hidden, get("self_attn.o_proj.weight"))),
+        output=stack(queries, (shape.hidden, get("self_attn.o"))),
         output_bias=bias(("o", shape.hidden)) if description.output_bias else None,
         post_attention_norm=norm("post_attention_layernorm", shape.hidden) if family.gemma else None,
         ffn_norm=norm(
             "pre_feedforward_layernorm" if family.gemma else "post_attention_layernorm", shape.hidden
         ),
-        gate_up=_matrix(
-            dtype,
-            shape.hidden,
-            (shape.ffn, get("mlp.gate_proj.weight")),
-            (shape.ffn, get("mlp.up_proj.weight")),
-        ),
-        down=_matrix(dtype, shape.ffn, (shape.hidden, get("mlp.down_proj.weight"))),
+        gate_up=stack(shape.hidden, (shape.ffn, get("mlp.gate")), (shape.ffn, get("mlp.up"))),
+        down=stack(shape.ffn, (shape.hidden, get("mlp.down"))),
         post_ffn_norm=norm("post_feedforward_layernorm", shape.hidden) if family.gemma else None,
     )
 
 
-def _matrix(dtype: torch.dtype, inputs: int, *parts: tuple[int, Tensor]) -> Tensor:
-    """The parts below each other, in memory of our own. Each comes with the number of rows it must have."""
+def _dense(dtype: torch.dtype, inputs: int, *parts: tuple[int, Tensor | Blocks]) -> Tensor:
+    """The parts below each other, in memory of our own."""
     matrix = torch.empty(sum(rows for rows, _ in parts), inputs, dtype=dtype)
     start = 0
     for rows, part in parts:
-        if part.shape != (rows, inputs):
-            raise ModelUnusable(f"a matrix of {tuple(part.shape)} where the config wants {(rows, inputs)}")
+        _check(part, rows, inputs)
+        if isinstance(part, Blocks):
+            from services.inference.engine.model.blocks import dequantise
+
+            part = dequantise(part)
         matrix[start : start + rows].copy_(part)
         start += rows
     return matrix
+
+
+def _stored(inputs: int, *parts: tuple[int, Tensor | Blocks]) -> Parts:
+    """The parts as they are; float16, which the native step has not, as float32."""
+    for rows, part in parts:
+        _check(part, rows, inputs)
+    return tuple(
+        part.float() if isinstance(part, Tensor) and part.dtype is torch.float16 else part
+        for _, part in parts
+    )
+
+
+def _check(part: Tensor | Blocks, rows: int, inputs: int) -> None:
+    if part.shape != (rows, inputs):
+        raise ModelUnusable(f"a matrix of {tuple(part.shape)} where the config wants {(rows, inputs)}")
 
 
 def _norm(description: Description, weight: Tensor, size: int) -> Tensor:

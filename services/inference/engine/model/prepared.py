@@ -48,7 +48,7 @@ class Prepared:
     """With these numbers of threads a row of a product is the same in every batch; empty: with none."""
 
 
-def prepare(weights: ModelWeights, device: torch.device) -> Prepared:
+def prepare(weights: ModelWeights[Tensor], device: torch.device) -> Prepared:
     """Chooses the form of the products on the way. Packed matrices are copies."""
     shape, first = weights.shape, weights.layers[0]
     embedding = weights.embedding.to(device)
@@ -67,7 +67,7 @@ def prepare(weights: ModelWeights, device: torch.device) -> Prepared:
     def moved(vector: Tensor | None) -> Tensor | None:
         return None if vector is None else vector.to(device)
 
-    def layer(source: LayerWeights) -> Layer:
+    def layer(source: LayerWeights[Tensor]) -> Layer:
         return Layer(
             attention_norm=source.attention_norm.to(device),
             qkv=product(source.qkv),

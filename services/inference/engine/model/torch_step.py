@@ -35,7 +35,7 @@ def page_bytes(shape: ModelShape, dtype: torch.dtype) -> int:
 class TorchStep:
     """`Step` over any model of the table."""
 
-    def __init__(self, weights: ModelWeights, *, pages: int, device: str = "cpu") -> None:
+    def __init__(self, weights: ModelWeights[Tensor], *, pages: int, device: str = "cpu") -> None:
         """Allocates the pool: `pages` times `page_bytes`, and two pages more.
 
         Matrices may be copied; the caller lets go of `weights` afterwards. Raises RuntimeError where memory

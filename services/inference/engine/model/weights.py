@@ -8,10 +8,13 @@ from 1, its embeddings are scaled).
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Generic, Literal, TypeVar
 
 if TYPE_CHECKING:
     from torch import Tensor
+
+M = TypeVar("M")
+"""What a matrix is: a Tensor in the model's dtype, or Parts as they are stored."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,38 +62,57 @@ class Rope:
 
 
 @dataclass(frozen=True, slots=True)
-class LayerWeights:
-    """One layer. Matrices are [outputs, inputs] in the model's dtype, norms and biases float32."""
+class Blocks:
+    """A matrix [outputs, inputs] in quantised blocks, as GGUF files have them."""
+
+    format: str
+    """`Q8_0`, `Q4_0`, `Q4_1` or `Q4_K`."""
+    inputs: int
+    data: Tensor
+    """uint8 [outputs, bytes of a row]."""
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        return self.data.shape[0], self.inputs
+
+
+Parts = tuple["Tensor | Blocks", ...]
+"""A matrix in the parts that it was stored in, below each other; each may be stored otherwise."""
+
+
+@dataclass(frozen=True, slots=True)
+class LayerWeights(Generic[M]):
+    """One layer. Matrices are [outputs, inputs], norms and biases float32."""
 
     attention_norm: Tensor
-    qkv: Tensor
+    qkv: M
     """[(heads + 2 * kv_heads) * head_dim, hidden]: queries, keys, values."""
     qkv_bias: Tensor | None
     q_norm: Tensor | None
     """[head_dim], over each head before the rotation."""
     k_norm: Tensor | None
-    output: Tensor
+    output: M
     """[hidden, heads * head_dim]."""
     output_bias: Tensor | None
     post_attention_norm: Tensor | None
     """Over attention's output, before it is added (Gemma)."""
     ffn_norm: Tensor
-    gate_up: Tensor
+    gate_up: M
     """[2 * ffn, hidden]: gate, then up."""
-    down: Tensor
+    down: M
     """[hidden, ffn]."""
     post_ffn_norm: Tensor | None
 
 
 @dataclass(frozen=True, slots=True)
-class ModelWeights:
+class ModelWeights(Generic[M]):
     """A whole model. RMS norms: x / sqrt(mean(x²) + norm_eps) * weight."""
 
     shape: ModelShape
-    embedding: Tensor
+    embedding: M
     """[vocab_tokens, hidden]."""
-    layers: tuple[LayerWeights, ...]
+    layers: tuple[LayerWeights[M], ...]
     final_norm: Tensor
-    head: Tensor
+    head: M
     """[vocab_tokens, hidden]; the same tensor as `embedding` where the two are tied."""
     ropes: tuple[Rope, ...]

@@ -9,11 +9,14 @@
 #include <stddef.h>
 #include <stdint.h>
 
-/* y = x W^T. W is stored in panels of 16 outputs: panel[input][16], so that 16 outputs advance by one input with a few
- * loads. The last panel is filled up with zeros. */
+#include "native.h"
+
+/* y = x W^T. W is stored in panels of 16 outputs, so that 16 outputs advance by one input with a few loads: floats as
+ * panel[input][16], blocks as blocks.c has them. The last panel is filled up with zeros. */
 struct matrix {
     char *panels;
-    int32_t inputs, panel_count, bf16;
+    size_t panel_bytes;
+    int32_t inputs, panel_count, format; /* enum native_format */
 };
 
 /* Floats in a row of activations: a multiple of 16, the end always zero, and no multiple of 1 KiB, since rows that are
@@ -24,9 +27,36 @@ static inline int32_t row_stride(int32_t values)
     return stride % 256 ? stride : stride + 16;
 }
 
-static inline size_t panel_bytes(int32_t inputs, int32_t bf16)
+enum {
+    BLOCK = 32,        /* inputs that share a scale */
+    SUPER_BLOCK = 256, /* of NATIVE_Q4_K: inputs whose scales share a scale */
+};
+
+/* A group is what a panel holds of a block of each of its 16 outputs: what scales them, then their quants. */
+static inline size_t group_header_bytes(int32_t format)
 {
-    return (size_t)inputs * 16 * (bf16 ? 2 : 4);
+    return format == NATIVE_Q4_1 ? 64 : 32;
+}
+
+static inline size_t group_bytes(int32_t format)
+{
+    return group_header_bytes(format) + (format == NATIVE_Q8_0 ? 16 * BLOCK : 16 * BLOCK / 2);
+}
+
+enum { SUPER_HEADER_BYTES = 64 };
+
+static inline size_t panel_bytes(int32_t format, int32_t inputs)
+{
+    switch (format) {
+    case NATIVE_FLOAT32:
+        return (size_t)inputs * 16 * 4;
+    case NATIVE_BFLOAT16:
+        return (size_t)inputs * 16 * 2;
+    case NATIVE_Q4_K:
+        return (size_t)(inputs / SUPER_BLOCK) * (SUPER_HEADER_BYTES + SUPER_BLOCK / BLOCK * group_bytes(format));
+    default:
+        return (size_t)(inputs / BLOCK) * group_bytes(format);
+    }
 }
 
 /* Attention of consecutive rows of one sequence, `queries` heads that share one KV head. */
@@ -59,8 +89,8 @@ static inline size_t attention_scratch(int32_t group, int32_t head_dim, int32_t 
 struct kernels {
     const char *name;
 
-    /* Packs rows [outputs][inputs] into panels from `first_panel` on. */
-    void (*pack)(const struct matrix *matrix, int32_t first_panel, const void *values, int32_t outputs);
+    /* Packs rows [outputs][inputs] of the matrix' format into its panels. */
+    void (*pack)(const struct matrix *matrix, const void *values, int32_t outputs);
     /* Panels [begin, end) of y for all rows. */
     void (*matmul)(const struct matrix *matrix, int32_t begin, int32_t end, const float *x, int32_t x_stride, float *y,
                    int32_t y_stride, int32_t rows);

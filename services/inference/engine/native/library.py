@@ -9,7 +9,7 @@ from typing import ClassVar
 
 from services.inference.engine.native.build import NativeUnavailable, Progress, build
 
-INTERFACE = 1
+INTERFACE = 2
 """NATIVE_INTERFACE of native.h."""
 
 
@@ -56,9 +56,13 @@ VECTORS = (
     "post_ffn_norm",
     "final_norm",
 )
-MATRICES = ("qkv", "output", "gate_up", "down", "embedding", "head")
-WEIGHTS = {name: number for number, name in enumerate(VECTORS + MATRICES)}
+LAYER_MATRICES = ("query", "key", "value", "output", "gate", "up", "down")
+WEIGHTS = {name: number for number, name in enumerate((*VECTORS, *LAYER_MATRICES, "embedding", "head"))}
 """enum native_weight."""
+FORMATS = {
+    name: number for number, name in enumerate(("float32", "bfloat16", "Q8_0", "Q4_0", "Q4_1", "Q4_K"))
+}
+"""enum native_format."""
 
 
 class Library:
@@ -76,7 +80,9 @@ class Library:
         c.native_page_bytes.restype = c_size_t
         c.native_instruction_set.argtypes = [c_int32]
         c.native_instruction_set.restype = c_char_p
-        c.native_model_new.argtypes = [POINTER(Config), c_char_p, c_void_p, c_void_p]
+        c.native_row_bytes.argtypes = [c_int32, c_int32]
+        c.native_row_bytes.restype = c_size_t
+        c.native_model_new.argtypes = [POINTER(Config), c_char_p, c_void_p, c_void_p, c_void_p]
         c.native_model_new.restype = c_void_p
         c.native_model_set.argtypes = [c_void_p, c_int32, c_int32, c_void_p]
         c.native_model_set.restype = None

@@ -1,4 +1,4 @@
-/* Matrix products over panels: part of variant.c. */
+/* Matrix products over panels of floats: part of variant.c. */
 #include "vec.h"
 
 #include "kernels.h"
@@ -29,13 +29,15 @@ struct ahead {
     long offset, step;         /* in bytes: where to begin, and how far to go with each input */
 };
 
-/* y[row][column panel] = sum over k of x[row][k] * panel[k], one chain for each number of y. */
+/* y[row][column panel] = sum over k of x[row][k] * panel[k], one chain for each number of y; `goes_on`: the chain goes
+ * on from what y holds. */
 INLINE void tile(int rows, int columns, int bf16, const char *const *panels, const struct ahead *ahead,
-                 int32_t inputs, const float *x, int32_t x_stride, float *y, int32_t y_stride)
+                 int32_t inputs, const float *x, int32_t x_stride, float *y, int32_t y_stride, int goes_on)
 {
     const long step = bf16 ? 2 * PANEL : 4 * PANEL;
     vec sums[MAX_ROWS][MAX_COLUMNS * PARTS];
-    UNROLL for (int r = 0; r < rows; r++) UNROLL for (int c = 0; c < columns * PARTS; c++) sums[r][c] = (vec){0};
+    UNROLL for (int r = 0; r < rows; r++) UNROLL for (int c = 0; c < columns * PARTS; c++)
+        sums[r][c] = goes_on ? load(y + r * (long)y_stride + c * WIDTH) : (vec){0};
     const char *from[MAX_COLUMNS];
     UNROLL for (int c = 0; c < columns; c++) from[c] = panels[c];
     const char *next[MAX_COLUMNS];
@@ -64,7 +66,7 @@ INLINE int tiles(int rows, int bf16, int alone, const char *const *panels, int l
 {
 #define TILE(R, C)                                                                                                     \
     if (COLUMNS(R, bf16, alone) >= C && left >= C) {                                                                   \
-        tile(R, C, bf16, panels, ahead, inputs, x, x_stride, y, y_stride);                                             \
+        tile(R, C, bf16, panels, ahead, inputs, x, x_stride, y, y_stride, 0);                                          \
         return C;                                                                                                      \
     }
 #define TILES(R)                                                                                                       \
@@ -93,7 +95,7 @@ INLINE void product(int bf16, const char *const *panels, int count, const char *
                     const float *x, int32_t x_stride, float *y, int32_t y_stride, int32_t rows)
 {
     const int32_t turns = (rows + MAX_ROWS - 1) / MAX_ROWS;
-    const long bytes = (long)panel_bytes(inputs, bf16);
+    const long bytes = (long)panel_bytes(bf16 ? NATIVE_BFLOAT16 : NATIVE_FLOAT32, inputs);
     for (int32_t turn = 0, row = 0; turn < turns; turn++) {
         const int32_t some = (rows - row + turns - turn - 1) / (turns - turn);
         for (int c = 0; c < count;) {
@@ -124,10 +126,10 @@ static __attribute__((noinline)) void product_bf16(const char *const *panels, in
     product(1, panels, count, next, inputs, x, x_stride, y, y_stride, rows);
 }
 
-static void matmul(const struct matrix *matrix, int32_t begin, int32_t end, const float *x, int32_t x_stride, float *y,
-                   int32_t y_stride, int32_t rows)
+static void matmul_floats(const struct matrix *matrix, int32_t begin, int32_t end, const float *x, int32_t x_stride,
+                          float *y, int32_t y_stride, int32_t rows)
 {
-    const size_t bytes = panel_bytes(matrix->inputs, matrix->bf16);
+    const size_t bytes = matrix->panel_bytes;
     for (int32_t panel = begin; panel < end; panel += MAX_COLUMNS) {
         const int count = end - panel < MAX_COLUMNS ? end - panel : MAX_COLUMNS;
         const char *panels[MAX_COLUMNS], *next[MAX_COLUMNS];
@@ -136,38 +138,39 @@ static void matmul(const struct matrix *matrix, int32_t begin, int32_t end, cons
             panels[c] = matrix->panels + (size_t)(panel + c) * bytes;
             next[c] = matrix->panels + (size_t)later * bytes;
         }
-        (matrix->bf16 ? product_bf16 : product_float)(panels, count, next, matrix->inputs, x, x_stride,
-                                                      y + (long)panel * PANEL, y_stride, rows);
+        (matrix->format == NATIVE_BFLOAT16 ? product_bf16 : product_float)(
+            panels, count, next, matrix->inputs, x, x_stride, y + (long)panel * PANEL, y_stride, rows);
     }
 }
 
-static void pack(const struct matrix *matrix, int32_t first_panel, const void *values, int32_t outputs)
+/* What lies beyond the last output stays zero, as the memory was. */
+static void pack_floats(const struct matrix *matrix, const void *values, int32_t outputs)
 {
-    const size_t bytes = panel_bytes(matrix->inputs, matrix->bf16);
     const int32_t inputs = matrix->inputs;
-    for (int32_t o = 0; o < (outputs + PANEL - 1) / PANEL * PANEL; o++) {
-        char *panel = matrix->panels + (size_t)(first_panel + o / PANEL) * bytes;
-        if (matrix->bf16) {
+    for (int32_t o = 0; o < outputs; o++) {
+        char *panel = matrix->panels + (size_t)(o / PANEL) * matrix->panel_bytes;
+        if (matrix->format == NATIVE_BFLOAT16) {
             const uint16_t *from = (const uint16_t *)values + (size_t)o * inputs;
             uint16_t *to = (uint16_t *)panel + bf16_slot(o % PANEL);
             for (int32_t k = 0; k < inputs; k++)
-                to[k * PANEL] = o < outputs ? from[k] : 0;
+                to[k * PANEL] = from[k];
         } else {
             const float *from = (const float *)values + (size_t)o * inputs;
             float *to = (float *)panel + o % PANEL;
             for (int32_t k = 0; k < inputs; k++)
-                to[k * PANEL] = o < outputs ? from[k] : 0;
+                to[k * PANEL] = from[k];
         }
     }
 }
 
-static void embed(const struct matrix *matrix, int32_t index, float scale, float *x)
+static void embed_floats(const struct matrix *matrix, int32_t index, float scale, float *x)
 {
-    const char *panel = matrix->panels + (size_t)(index / PANEL) * panel_bytes(matrix->inputs, matrix->bf16);
+    const char *panel = matrix->panels + (size_t)(index / PANEL) * matrix->panel_bytes;
+    const int bf16 = matrix->format == NATIVE_BFLOAT16;
     for (int32_t k = 0; k < matrix->inputs; k++) {
         const size_t at = (size_t)k * PANEL;
-        const float value = matrix->bf16 ? bf16_to_float(((const uint16_t *)panel)[at + bf16_slot(index % PANEL)])
-                                         : ((const float *)panel)[at + index % PANEL];
+        const float value = bf16 ? bf16_to_float(((const uint16_t *)panel)[at + bf16_slot(index % PANEL)])
+                                 : ((const float *)panel)[at + index % PANEL];
         x[k] = value * scale;
     }
 }

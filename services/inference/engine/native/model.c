@@ -77,19 +77,66 @@ static float *take_floats(struct arena *arena, size_t count)
     return take(arena, count * sizeof(float));
 }
 
-static struct matrix take_matrix(struct arena *arena, int32_t panels, int32_t inputs, int32_t bf16)
-{
-    struct matrix matrix = {.inputs = inputs, .panel_count = panels, .bf16 = bf16};
-    matrix.panels = take(arena, panel_bytes(inputs, bf16) * (size_t)panels);
-    return matrix;
-}
-
 static int32_t panels_of(int32_t outputs)
 {
     return (outputs + 15) / 16;
 }
 
-static void lay_out(struct native_model *m, struct arena *arena, const int32_t *windows, const int32_t *ropes)
+struct sizes {
+    int32_t outputs, inputs;
+};
+
+static struct sizes matrix_sizes(const struct native_config *c, int32_t weight)
+{
+    switch (weight) {
+    case NATIVE_QUERY:
+        return (struct sizes){c->heads * c->head_dim, c->hidden};
+    case NATIVE_KEY:
+    case NATIVE_VALUE:
+        return (struct sizes){c->kv_heads * c->head_dim, c->hidden};
+    case NATIVE_OUTPUT:
+        return (struct sizes){c->hidden, c->heads * c->head_dim};
+    case NATIVE_GATE:
+    case NATIVE_UP:
+        return (struct sizes){c->ffn, c->hidden};
+    case NATIVE_DOWN:
+        return (struct sizes){c->hidden, c->ffn};
+    default: /* embedding and head */
+        return (struct sizes){c->vocab, c->hidden};
+    }
+}
+
+size_t native_row_bytes(int32_t format, int32_t inputs)
+{
+    switch (format) {
+    case NATIVE_FLOAT32:
+        return (size_t)inputs * 4;
+    case NATIVE_BFLOAT16:
+        return (size_t)inputs * 2;
+    case NATIVE_Q8_0:
+        return inputs % BLOCK ? 0 : (size_t)(inputs / BLOCK) * 34;
+    case NATIVE_Q4_0:
+        return inputs % BLOCK ? 0 : (size_t)(inputs / BLOCK) * 18;
+    case NATIVE_Q4_1:
+        return inputs % BLOCK ? 0 : (size_t)(inputs / BLOCK) * 20;
+    case NATIVE_Q4_K:
+        return inputs % SUPER_BLOCK ? 0 : (size_t)(inputs / SUPER_BLOCK) * 144;
+    default:
+        return 0;
+    }
+}
+
+static struct matrix take_matrix(struct arena *arena, const struct native_config *c, int32_t weight, int32_t format)
+{
+    const struct sizes sizes = matrix_sizes(c, weight);
+    struct matrix matrix = {.inputs = sizes.inputs, .panel_count = panels_of(sizes.outputs), .format = format};
+    matrix.panel_bytes = panel_bytes(format, sizes.inputs);
+    matrix.panels = take(arena, matrix.panel_bytes * (size_t)matrix.panel_count);
+    return matrix;
+}
+
+static void lay_out(struct native_model *m, struct arena *arena, const int32_t *windows, const int32_t *ropes,
+                    const int32_t *formats)
 {
     const struct native_config *c = &m->config;
     const int32_t heads_dim = c->heads * c->head_dim, qkv = heads_dim + 2 * c->kv_heads * c->head_dim;
@@ -105,20 +152,15 @@ static void lay_out(struct native_model *m, struct arena *arena, const int32_t *
         }
     }
     for (int32_t i = 0; i < c->layers; i++) {
-        struct layer layer = {
-            .qkv = take_matrix(arena, panels_of(qkv), c->hidden, c->bf16),
-            .output = take_matrix(arena, panels_of(c->hidden), heads_dim, c->bf16),
-            .gate_up = take_matrix(arena, 2 * panels_of(c->ffn), c->hidden, c->bf16),
-            .down = take_matrix(arena, panels_of(c->hidden), c->ffn, c->bf16),
-            .window = windows[i],
-            .rope = ropes[i],
-        };
+        struct layer layer = {.window = windows[i], .rope = ropes[i]};
+        for (int32_t w = 0; w < NATIVE_LAYER_MATRICES; w++)
+            layer.matrices[w] = take_matrix(arena, c, NATIVE_VECTORS + w, *formats++);
         if (arena->base)
             layers[i] = layer;
     }
     m->layers = layers;
-    m->head = take_matrix(arena, panels_of(c->vocab), c->hidden, c->bf16);
-    m->embedding = c->tied ? m->head : take_matrix(arena, panels_of(c->vocab), c->hidden, c->bf16);
+    m->head = take_matrix(arena, c, NATIVE_HEAD, formats[1]);
+    m->embedding = c->tied ? m->head : take_matrix(arena, c, NATIVE_EMBEDDING, formats[0]);
 
     m->hidden_stride = row_stride(c->hidden);
     m->qkv_stride = row_stride(qkv);
@@ -163,7 +205,7 @@ static char *map(size_t bytes)
 }
 
 struct native_model *native_model_new(const struct native_config *config, const char *instruction_set,
-                                      const int32_t *windows, const int32_t *ropes)
+                                      const int32_t *windows, const int32_t *ropes, const int32_t *formats)
 {
     struct native_model *m = calloc(1, sizeof *m);
     if (!m)
@@ -173,7 +215,7 @@ struct native_model *native_model_new(const struct native_config *config, const 
         if (!strcmp(VARIANTS[v]->name, instruction_set) && runs_here(instruction_set))
             m->kernels = VARIANTS[v];
     struct arena arena = {0};
-    lay_out(m, &arena, windows, ropes);
+    lay_out(m, &arena, windows, ropes, formats);
     m->memory_bytes = whole_pages(arena.used);
     m->memory = map(m->memory_bytes);
     m->page_head_bytes = page_head_bytes(config);
@@ -186,7 +228,7 @@ struct native_model *native_model_new(const struct native_config *config, const 
         return NULL;
     }
     arena = (struct arena){.base = m->memory};
-    lay_out(m, &arena, windows, ropes);
+    lay_out(m, &arena, windows, ropes, formats);
     return m;
 }
 
@@ -228,29 +270,10 @@ void native_model_set(struct native_model *m, int32_t layer, int32_t weight, con
         memcpy(to->vectors[weight], values, (size_t)vector_length(c, weight) * sizeof(float));
         return;
     }
-    switch (weight) {
-    case NATIVE_QKV:
-        m->kernels->pack(&to->qkv, 0, values, (c->heads + 2 * c->kv_heads) * c->head_dim);
-        break;
-    case NATIVE_OUTPUT:
-        m->kernels->pack(&to->output, 0, values, c->hidden);
-        break;
-    case NATIVE_GATE_UP: { /* each in panels of its own, so that gate and up are aligned alike */
-        const size_t gate_bytes = (size_t)c->ffn * c->hidden * (c->bf16 ? 2 : 4);
-        m->kernels->pack(&to->gate_up, 0, values, c->ffn);
-        m->kernels->pack(&to->gate_up, panels_of(c->ffn), (const char *)values + gate_bytes, c->ffn);
-        break;
-    }
-    case NATIVE_DOWN:
-        m->kernels->pack(&to->down, 0, values, c->hidden);
-        break;
-    case NATIVE_EMBEDDING:
-        m->kernels->pack(&m->embedding, 0, values, c->vocab);
-        break;
-    case NATIVE_HEAD:
-        m->kernels->pack(&m->head, 0, values, c->vocab);
-        break;
-    }
+    const struct matrix *matrix = weight == NATIVE_HEAD        ? &m->head
+                                  : weight == NATIVE_EMBEDDING ? &m->embedding
+                                                               : &to->matrices[weight - NATIVE_VECTORS];
+    m->kernels->pack(matrix, values, matrix_sizes(c, weight).outputs);
 }
 
 void native_model_set_rope(struct native_model *m, int32_t rope, const float *cosines, const float *sines)

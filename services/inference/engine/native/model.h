@@ -7,7 +7,8 @@
 #include "pool.h"
 
 struct layer {
-    struct matrix qkv, output, gate_up, down;
+    struct matrix matrices[NATIVE_LAYER_MATRICES]; /* by enum native_weight; queries, keys and values follow each other,
+                                                      as do gate and up */
     float *vectors[NATIVE_VECTORS]; /* by enum native_weight; NULL where the family has none */
     int32_t window, rope;
 };

@@ -8,13 +8,25 @@
 #include <stddef.h>
 #include <stdint.h>
 
-#define NATIVE_INTERFACE 1
+#define NATIVE_INTERFACE 2
 #define PAGE_TOKENS 16
+
+/* How the numbers of a matrix are stored. Blocks are those of GGUF files: 32 inputs of an output (Q4_K: 256) with a
+ * scale of their own. They are kept as they are; no value changes. */
+enum native_format {
+    NATIVE_FLOAT32,
+    NATIVE_BFLOAT16,
+    NATIVE_Q8_0,
+    NATIVE_Q4_0,
+    NATIVE_Q4_1,
+    NATIVE_Q4_K,
+    NATIVE_FORMATS,
+};
 
 /* Mirrored field by field in library.py. */
 struct native_config {
     int32_t hidden, heads, kv_heads, head_dim, ffn, vocab, context, layers, ropes;
-    int32_t bf16;      /* weights, keys and values: bfloat16, else float32 */
+    int32_t bf16;      /* keys and values: bfloat16, else float32 */
     int32_t gelu_tanh; /* the activation, else silu */
     int32_t tied;      /* the head is the embedding */
     int32_t pages, threads;
@@ -34,13 +46,20 @@ enum native_weight {
     NATIVE_POST_FFN_NORM,
     NATIVE_FINAL_NORM,
     NATIVE_VECTORS,
-    NATIVE_QKV = NATIVE_VECTORS,
+    NATIVE_QUERY = NATIVE_VECTORS,
+    NATIVE_KEY,
+    NATIVE_VALUE,
     NATIVE_OUTPUT,
-    NATIVE_GATE_UP,
+    NATIVE_GATE,
+    NATIVE_UP,
     NATIVE_DOWN,
-    NATIVE_EMBEDDING,
+    NATIVE_LAYER_END,
+    NATIVE_EMBEDDING = NATIVE_LAYER_END,
     NATIVE_HEAD,
+    NATIVE_WEIGHTS,
 };
+
+enum { NATIVE_LAYER_MATRICES = NATIVE_LAYER_END - NATIVE_VECTORS };
 
 /* A step's rows, one for each token. The caller has checked every index. */
 struct native_batch {
@@ -68,12 +87,16 @@ size_t native_page_bytes(const struct native_config *config);
 /* The i-th instruction set that this machine can run, best first; NULL after the last. */
 const char *native_instruction_set(int32_t i);
 
-/* NULL where memory or threads are not to be had. windows and ropes: one for each layer. Of the optional weights
+/* Bytes of a row of so many inputs as native_model_set takes it; 0 where rows of that length cannot be. */
+size_t native_row_bytes(int32_t format, int32_t inputs);
+
+/* NULL where memory or threads are not to be had. windows and ropes: one for each layer. formats: one for each matrix,
+ * [layers][NATIVE_LAYER_MATRICES], then embedding and head (the same where they are tied). Of the optional weights
  * (biases, norms of heads and outputs) a layer has those that are set. */
 struct native_model *native_model_new(const struct native_config *config, const char *instruction_set,
-                                      const int32_t *windows, const int32_t *ropes);
+                                      const int32_t *windows, const int32_t *ropes, const int32_t *formats);
 
-/* Copies a weight in, packed. Matrices are [outputs][inputs] in the model's type, vectors float32. */
+/* Copies a weight in, packed. Matrices are [outputs][inputs] in their format, vectors float32. */
 void native_model_set(struct native_model *model, int32_t layer, int32_t weight, const void *values);
 
 /* Both [context][head_dim / 2]; copied. */

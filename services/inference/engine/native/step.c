@@ -24,8 +24,8 @@ struct pass {
     const int32_t *wanted; /* of the slice */
     int32_t wanted_rows;
 
-    /* The matrix product at hand. */
-    const struct matrix *matrix;
+    /* The matrix product at hand: matrices of the same inputs, their outputs side by side. */
+    const struct matrix *matrices;
     const float *from;
     float *to;
     int32_t from_stride, to_stride, product_rows;
@@ -40,20 +40,33 @@ static void norm_row(const struct pass *p, const struct layer *layer, int32_t we
 static void by_panel(void *argument, int32_t begin, int32_t end, int32_t worker)
 {
     const struct pass *p = argument;
+    float *to = p->to;
     (void)worker;
-    p->m->kernels->matmul(p->matrix, begin, end, p->from, p->from_stride, p->to, p->to_stride, p->product_rows);
+    for (const struct matrix *matrix = p->matrices; begin < end; matrix++) {
+        const int32_t stop = end < matrix->panel_count ? end : matrix->panel_count;
+        if (begin < stop) {
+            p->m->kernels->matmul(matrix, begin, stop, p->from, p->from_stride, to, p->to_stride, p->product_rows);
+            begin = stop;
+        }
+        begin -= matrix->panel_count;
+        end -= matrix->panel_count;
+        to += matrix->panel_count * 16;
+    }
 }
 
-static void multiply(struct pass *p, const struct matrix *matrix, const float *from, int32_t from_stride, float *to,
-                     int32_t to_stride, int32_t rows)
+static void multiply(struct pass *p, const struct matrix *matrices, int count, const float *from, int32_t from_stride,
+                     float *to, int32_t to_stride, int32_t rows)
 {
-    p->matrix = matrix;
+    int32_t panels = 0;
+    for (int i = 0; i < count; i++)
+        panels += matrices[i].panel_count;
+    p->matrices = matrices;
     p->from = from;
     p->from_stride = from_stride;
     p->to = to;
     p->to_stride = to_stride;
     p->product_rows = rows;
-    pool_run(p->m->threads, by_panel, p, matrix->panel_count, 2);
+    pool_run(p->m->threads, by_panel, p, panels, 2);
 }
 
 static void embed_rows(void *argument, int32_t begin, int32_t end, int32_t worker)
@@ -202,19 +215,23 @@ static void find_spans(struct pass *p)
     }
 }
 
+static const struct matrix *layer_matrix(const struct pass *p, int32_t weight)
+{
+    return &p->layer->matrices[weight - NATIVE_VECTORS];
+}
+
 static void run_layer(struct pass *p)
 {
     struct native_model *m = p->m;
-    const struct layer *layer = p->layer;
     struct pool *threads = m->threads;
-    multiply(p, &layer->qkv, m->normed, m->hidden_stride, m->qkv, m->qkv_stride, p->rows);
+    multiply(p, layer_matrix(p, NATIVE_QUERY), 3, m->normed, m->hidden_stride, m->qkv, m->qkv_stride, p->rows);
     pool_run(threads, place_rows, p, p->rows, 2);
     pool_run(threads, attend_spans, p, p->spans * m->config.kv_heads, 1);
-    multiply(p, &layer->output, m->attended, m->attended_stride, m->y, m->hidden_stride, p->rows);
+    multiply(p, layer_matrix(p, NATIVE_OUTPUT), 1, m->attended, m->attended_stride, m->y, m->hidden_stride, p->rows);
     pool_run(threads, add_attended, p, p->rows, 4);
-    multiply(p, &layer->gate_up, m->normed, m->hidden_stride, m->gate_up, m->ffn_stride, p->rows);
+    multiply(p, layer_matrix(p, NATIVE_GATE), 2, m->normed, m->hidden_stride, m->gate_up, m->ffn_stride, p->rows);
     pool_run(threads, gate_rows, p, p->rows, 2);
-    multiply(p, &layer->down, m->gate_up, m->ffn_stride, m->y, m->hidden_stride, p->rows);
+    multiply(p, layer_matrix(p, NATIVE_DOWN), 1, m->gate_up, m->ffn_stride, m->y, m->hidden_stride, p->rows);
     pool_run(threads, add_ffn, p, p->rows, 4);
 }
 
@@ -225,7 +242,7 @@ static void run_head(struct pass *p, float *logits)
     for (int32_t i = 0; i < p->wanted_rows; i++)
         norm_row(p, &m->layers[m->config.layers], NATIVE_FINAL_NORM,
                  m->x + (long)(p->wanted[i] - p->first) * m->hidden_stride, m->normed + (long)i * m->hidden_stride);
-    multiply(p, &m->head, m->normed, m->hidden_stride, logits, p->batch->logit_stride, p->wanted_rows);
+    multiply(p, &m->head, 1, m->normed, m->hidden_stride, logits, p->batch->logit_stride, p->wanted_rows);
     if (m->config.logit_softcap > 0)
         pool_run(m->threads, softcap_rows, p, p->wanted_rows, 1);
 }

@@ -11,21 +11,37 @@ from pathlib import Path
 import numpy as np
 import numpy.typing as npt
 import torch
+from torch import Tensor
 
-from services.inference.engine.model.weights import ModelShape, ModelWeights, Rope
+from services.inference.engine.model.weights import Blocks, ModelShape, Rope
 from services.inference.engine.native.build import NativeUnavailable
-from services.inference.engine.native.library import VECTORS, WEIGHTS, Batch, Config, Library
+from services.inference.engine.native.library import (
+    FORMATS,
+    LAYER_MATRICES,
+    VECTORS,
+    WEIGHTS,
+    Batch,
+    Config,
+    Library,
+)
+from services.inference.engine.native.parts import (
+    WHOLE_MODEL,
+    Weights,
+    format_of,
+    is_tied,
+    kv_dtype,
+    parts_of,
+)
 from services.inference.engine.step import PAGE_TOKENS, Logits, StepRow, check_row
 
-KERNELS = "native-1"
+KERNELS = "native-2"
 """Names the order of every sum and the roundings between; part of `numerics`."""
 MAX_ROWS = 256
 """Tokens computed at once: enough to be bound by arithmetic, few enough for the caches."""
-DTYPES = {torch.float32: "float32", torch.bfloat16: "bfloat16"}
 
 
 def page_bytes(shape: ModelShape, dtype: torch.dtype) -> int:
-    """Bytes that one page of PAGE_TOKENS tokens takes over all layers."""
+    """Bytes that one page of PAGE_TOKENS tokens takes over all layers; `dtype` of keys and values."""
     return 2 * PAGE_TOKENS * shape.head_dim * shape.kv_heads * shape.layers * dtype.itemsize
 
 
@@ -49,18 +65,23 @@ class NativeStep:
 
     def __init__(
         self,
-        weights: ModelWeights,
+        weights: Weights,
         library: Library,
         *,
         pages: int,
         threads: int = 0,
         instruction_set: str | None = None,
         max_rows: int = MAX_ROWS,
+        keys_and_values: torch.dtype | None = None,
     ) -> None:
-        """`threads` 0 takes all usable cores; `instruction_set` None the best (see `Library`)."""
+        """`threads` 0 takes all usable cores; `instruction_set` None the best (see `Library`).
+
+        `keys_and_values` are float32 or bfloat16; None: what suits the weights (`kv_dtype`).
+        """
         shape = weights.shape
-        dtype = weights.head.dtype
-        _check_model(weights)
+        parts = list(parts_of(weights))
+        formats = {(layer, name): format_of(part) for layer, name, part in parts if name not in VECTORS}
+        dtype = keys_and_values or kv_dtype(weights)
         self.vocab_tokens = shape.vocab_tokens
         self.context_tokens = shape.context_tokens
         self.pages = pages
@@ -68,9 +89,12 @@ class NativeStep:
         chosen = instruction_set or available[0]
         if chosen not in available:
             raise NativeUnavailable(f"this machine cannot run {chosen}, only {', '.join(available)}")
-        self.numerics = f"{KERNELS}/{DTYPES[dtype]}/{chosen}"
+        names = "+".join(sorted(set(formats.values())))
+        if dtype is not kv_dtype(weights):
+            names += f"/kv-{str(dtype).removeprefix('torch.')}"
+        self.numerics = f"{KERNELS}/{names}/{chosen}"
         self._c = library.c
-        tied = weights.head is weights.embedding or weights.head.data_ptr() == weights.embedding.data_ptr()
+        tied = is_tied(weights)
         config = Config(
             hidden=shape.hidden,
             heads=shape.heads,
@@ -96,14 +120,22 @@ class NativeStep:
         if self._c.native_page_bytes(config) != page_bytes(shape, dtype):
             raise NativeUnavailable("the library counts a page's bytes otherwise")
         windows, ropes = _int32(shape.windows), _int32(shape.ropes)
+        kinds = [formats[layer, name] for layer in range(shape.layers) for name in LAYER_MATRICES]
+        head = formats[WHOLE_MODEL, "head"]
+        kinds += [formats.get((WHOLE_MODEL, "embedding"), head), head]
+        numbers = _int32([FORMATS[kind] for kind in kinds])
         self._model = self._c.native_model_new(
-            config, chosen.encode(), windows.ctypes.data, ropes.ctypes.data
+            config, chosen.encode(), windows.ctypes.data, ropes.ctypes.data, numbers.ctypes.data
         )
         if not self._model:
             raise NativeUnavailable("there is not enough memory for the weights and the pool, or no thread")
         self.close = weakref.finalize(self, self._c.native_model_free, self._model)
         """Frees weights, pool and threads; nothing may be called after it."""
-        self._fill(weights, tied)
+        for layer, name, part in parts:
+            self._set(layer, name, part)
+        for index, rope in enumerate(weights.ropes):
+            cosines, sines = _turns(rope, self.context_tokens)
+            self._c.native_model_set_rope(self._model, index, cosines.ctypes.data, sines.ctypes.data)
         self._logit_stride = -(-shape.vocab_tokens // 16) * 16
         self._logits = np.empty((0, self._logit_stride), np.float32)
 
@@ -149,24 +181,15 @@ class NativeStep:
             self._logits = np.empty((rows, self._logit_stride), np.float32)
         return self._logits
 
-    def _fill(self, weights: ModelWeights, tied: bool) -> None:
-        for index, layer in enumerate(weights.layers):
-            for name in WEIGHTS:
-                tensor = getattr(layer, name, None)
-                if tensor is not None:
-                    self._set(index, name, tensor)
-        self._set(-1, "final_norm", weights.final_norm)
-        self._set(-1, "head", weights.head)
-        if not tied:
-            self._set(-1, "embedding", weights.embedding)
-        for index, rope in enumerate(weights.ropes):
-            cosines, sines = _turns(rope, self.context_tokens)
-            self._c.native_model_set_rope(self._model, index, cosines.ctypes.data, sines.ctypes.data)
-
-    def _set(self, layer: int, name: str, tensor: torch.Tensor) -> None:
-        """Packs a copy of the tensor."""
-        wanted = torch.float32 if name in VECTORS else tensor.dtype
-        content = tensor.detach().to(wanted).contiguous()
+    def _set(self, layer: int, name: str, part: Tensor | Blocks) -> None:
+        """Packs a copy of the weight."""
+        if isinstance(part, Blocks):
+            content = part.data.contiguous()
+            if content.shape[1] != self._c.native_row_bytes(FORMATS[part.format], part.inputs):
+                raise NativeUnavailable(f"the library counts the bytes of {part.format} otherwise")
+        else:
+            wanted = torch.float32 if name in VECTORS else part.dtype
+            content = part.detach().to(wanted).contiguous()
         self._c.native_model_set(self._model, layer, WEIGHTS[name], content.data_ptr())
 
 
@@ -180,70 +203,3 @@ def _turns(rope: Rope, context_tokens: int) -> tuple[npt.NDArray[np.float32], np
 
 def _int32(values: Sequence[int]) -> npt.NDArray[np.int32]:
     return np.array(values, np.int32)
-
-
-def _check_model(weights: ModelWeights) -> None:
-    """Raises NativeUnavailable where the kernels were not made for this model: they check nothing."""
-    shape = weights.shape
-    heads_dim, kv_dim = shape.heads * shape.head_dim, shape.kv_heads * shape.head_dim
-    if shape.head_dim % 16 or shape.head_dim > 512:
-        raise NativeUnavailable(
-            f"the native step takes heads of 16 to 512 in steps of 16, not {shape.head_dim}"
-        )
-    if (
-        shape.heads % shape.kv_heads
-        or len(weights.layers) != shape.layers
-        or len(shape.ropes) != shape.layers
-    ):
-        raise NativeUnavailable("the model's heads or layers do not fit each other")
-    if any(rope >= len(weights.ropes) for rope in shape.ropes):
-        raise NativeUnavailable("a layer names a rope that is not there")
-    if any(rope.inverse_frequencies.shape != (shape.head_dim // 2,) for rope in weights.ropes):
-        raise NativeUnavailable("the native step turns whole heads only")
-    dtype = weights.head.dtype
-    if dtype not in DTYPES:
-        raise NativeUnavailable(f"the native step computes from float32 or bfloat16, not {dtype}")
-    hidden = (shape.hidden,)
-    required = {
-        "qkv": (heads_dim + 2 * kv_dim, shape.hidden),
-        "output": (shape.hidden, heads_dim),
-        "gate_up": (2 * shape.ffn, shape.hidden),
-        "down": (shape.hidden, shape.ffn),
-        "attention_norm": hidden,
-        "ffn_norm": hidden,
-    }
-    optional = {
-        "qkv_bias": (heads_dim + 2 * kv_dim,),
-        "q_norm": (shape.head_dim,),
-        "k_norm": (shape.head_dim,),
-        "output_bias": hidden,
-        "post_attention_norm": hidden,
-        "post_ffn_norm": hidden,
-    }
-    for layer in weights.layers:
-        for name, size in (required | optional).items():
-            _check_tensor(name, getattr(layer, name), size, dtype, may_lack=name in optional)
-    vocab = (shape.vocab_tokens, shape.hidden)
-    _check_tensor("embedding", weights.embedding, vocab, dtype)
-    _check_tensor("head", weights.head, vocab, dtype)
-    _check_tensor("final_norm", weights.final_norm, hidden, dtype)
-
-
-def _check_tensor(
-    name: str,
-    tensor: torch.Tensor | None,
-    size: tuple[int, ...],
-    dtype: torch.dtype,
-    *,
-    may_lack: bool = False,
-) -> None:
-    if tensor is None:
-        if not may_lack:
-            raise NativeUnavailable(f"{name} is missing")
-        return
-    if tuple(tensor.shape) != size:
-        raise NativeUnavailable(f"{name} is {tuple(tensor.shape)}, not {size}")
-    if name not in VECTORS and tensor.dtype != dtype:
-        raise NativeUnavailable(f"{name} is {tensor.dtype}, others are {dtype}")
-    if tensor.device.type != "cpu":
-        raise NativeUnavailable(f"{name} is on {tensor.device}")
