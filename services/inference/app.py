@@ -85,6 +85,7 @@ def build_engine(settings: InferenceSettings, clock: Clock) -> Engine:
             max_output_tokens=settings.max_output_tokens,
             max_prefill_tokens=settings.max_prefill_tokens,
             step_target_ms=settings.step_target_ms,
+            prompt_lookup_tokens=settings.prompt_lookup_tokens,
             kv_cache_bytes=settings.kv_cache_bytes,
             prefix_cache=settings.prefix_cache,
             timeouts=timeouts,

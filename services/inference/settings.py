@@ -62,6 +62,9 @@ class InferenceSettings(ServiceSettings):
     """Of prompts, in one step."""
     step_target_ms: float = Field(default=200, ge=1, le=10_000)
     """Aimed at for a step that computes prompts beside others' answers: their time between two tokens."""
+    prompt_lookup_tokens: int = Field(default=6, ge=0, le=16)
+    """Guessed to follow as they did before, and verified in one step, while one or two sequences run; 0: no
+    guesses. Guessing pauses where it does not pay."""
     kv_cache_bytes: int = Field(default=0, ge=0)
     """For keys and values, what is kept of finished prompts included; 0 takes half of the memory that is
     available (the cgroup's limit counts), and never more than max_running whole contexts need."""

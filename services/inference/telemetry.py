@@ -79,6 +79,14 @@ class StepInstruments:
             "llmos.engine.preemptions",
             description="Sequences that gave up their pages and were computed again.",
         )
+        self._guessed = meter.create_counter(
+            "llmos.engine.guessed_tokens", unit="{token}", description="Tokens guessed by prompt lookup."
+        )
+        self._guessed_right = meter.create_counter(
+            "llmos.engine.guessed_right_tokens",
+            unit="{token}",
+            description="Of them, those that were drawn.",
+        )
 
     def record(self, before: EngineState, now: EngineState) -> None:
         """The states before and after a step of one process; its counters begin at 0."""
@@ -92,6 +100,10 @@ class StepInstruments:
             self._prefix_hits.add(now.prefix_hit_tokens - before.prefix_hit_tokens)
         if now.preemptions > before.preemptions:
             self._preemptions.add(now.preemptions - before.preemptions)
+        if now.guessed_tokens > before.guessed_tokens:
+            self._guessed.add(now.guessed_tokens - before.guessed_tokens)
+        if now.guessed_right_tokens > before.guessed_right_tokens:
+            self._guessed_right.add(now.guessed_right_tokens - before.guessed_right_tokens)
 
 
 class MeasuredEngine:

@@ -52,6 +52,7 @@ def embedded_config(model_path: Path, model_id: str, **changes: object) -> Embed
         max_output_tokens=4096,
         max_prefill_tokens=256,
         step_target_ms=100,
+        prompt_lookup_tokens=6,
         kv_cache_bytes=0,
         prefix_cache=True,
         timeouts=TIMEOUTS,

@@ -128,13 +128,15 @@ class LoopBench(LoopBase):
         *,
         pages: int = 4 * CONTEXT_TOKENS // PAGE_TOKENS,
         limits: ScheduleLimits = LIMITS,
+        says_below: int = _POISON_TOKEN,
     ) -> None:
+        """`says_below`: the answers have so many different tokens."""
         pieces = [*(bytes([byte]) for byte in range(256)), POISON.encode()]
         self.step = PageModel(
             pages=pages,
             vocab_tokens=len(pieces),
             context_tokens=CONTEXT_TOKENS,
-            says_below=_POISON_TOKEN,
+            says_below=says_below,
             fails_on=lambda row: _POISON_TOKEN in row.tokens,
         )
         table = TokenTable(pieces, frozenset(), Spelling(str.encode))

@@ -73,6 +73,7 @@ class EmbeddedConfig:
     max_output_tokens: int
     max_prefill_tokens: int
     step_target_ms: float
+    prompt_lookup_tokens: int
     kv_cache_bytes: int
     prefix_cache: bool
     timeouts: Timeouts
@@ -95,6 +96,7 @@ class EmbeddedConfig:
             max_output_tokens=self.max_output_tokens,
             max_prefill_tokens=self.max_prefill_tokens,
             step_target_ms=self.step_target_ms,
+            prompt_lookup_tokens=self.prompt_lookup_tokens,
             kv_cache_bytes=self.kv_cache_bytes,
             prefix_cache=self.prefix_cache,
         )

@@ -134,6 +134,8 @@ def run(link: Link) -> int:
         max_running=configure.max_running,
         max_prefill_tokens=configure.max_prefill_tokens,
         step_target_s=configure.step_target_ms / 1000,
+        # A guess changes nothing only where a token does not depend on what is computed beside it.
+        lookup_tokens=configure.prompt_lookup_tokens if model.info.exact_replay else 0,
     )
     loop = EngineLoop(
         model,

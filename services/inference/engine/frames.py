@@ -43,7 +43,7 @@ class Configure(Frame, frozen=True):
     device: str
     """`cpu`, `cuda` or `auto`."""
     dtype: str
-    """`float32`, `bfloat16` or `auto`."""
+    """`stored`, `float32`, `bfloat16` or `auto`."""
     threads: int
     """0 takes all cores that the process may use."""
     max_running: int
@@ -51,6 +51,7 @@ class Configure(Frame, frozen=True):
     max_output_tokens: int
     max_prefill_tokens: int
     step_target_ms: float
+    prompt_lookup_tokens: int
     kv_cache_bytes: int
     """0 takes a share of what is available."""
     prefix_cache: bool
@@ -167,6 +168,10 @@ class EngineState(Frame, frozen=True):
     """Counter: of them, found in the prefix cache."""
     preemptions: int = 0
     """Counter."""
+    guessed_tokens: int = 0
+    """Counter: tokens guessed by prompt lookup."""
+    guessed_right_tokens: int = 0
+    """Counter: of them, those that were drawn."""
 
 
 class StepReport(Frame, frozen=True):

@@ -61,6 +61,7 @@ class EngineLoop:
         self._jobs: dict[int, Job] = {}
         self._events: list[frames.JobEvent] = []
         self._prefix_tokens = self._prefix_hit_tokens = 0
+        self._guessed = self._guessed_right = 0
         self._last = (0, 0, 0.0)
 
     @property
@@ -91,6 +92,8 @@ class EngineLoop:
             prefix_tokens=self._prefix_tokens,
             prefix_hit_tokens=self._prefix_hit_tokens,
             preemptions=self._scheduler.preemptions,
+            guessed_tokens=self._guessed,
+            guessed_right_tokens=self._guessed_right,
         )
 
     def submit(self, job_id: int, request: GenerationRequest) -> None:
@@ -210,13 +213,16 @@ class EngineLoop:
         self._prefix_hit_tokens += cached_tokens
         self._events.append(frames.JobStarted(job.id, job.prompt_tokens, cached_tokens))
 
-    def _run(self, work: Sequence[Work]) -> tuple[list[Choice], Logits]:
-        """Computes the work; returns the choices whose next token can be sampled, and their logits."""
+    def _run(self, work: Sequence[Work]) -> tuple[list[Work], Logits]:
+        """Computes the work; returns that whose next token can be sampled, and its logits.
+
+        They have a row for the next token, and one for each that follows a guessed one.
+        """
         begun_s = self._monotonic()
         rows = [_row(each) for each in work]
         logits, failures = run_isolated(self._model.step, rows)
         seconds = self._monotonic() - begun_s
-        tokens = sum(each.count for each in work)
+        tokens = sum(len(row.tokens) for row in rows)
         self._scheduler.learn(tokens, seconds)
         self._last = (len(work), tokens, seconds)
         for index, each in enumerate(work):
@@ -224,23 +230,41 @@ class EngineLoop:
                 self._break(each.choice.job, failures[index])
             else:
                 self._scheduler.computed(each)
-        ready = [
-            each.choice for index, each in enumerate(work) if rows[index].logits and index not in failures
-        ]
+        ready = [each for index, each in enumerate(work) if rows[index].logits and index not in failures]
         return ready, logits
 
-    def _sample(self, choices: Sequence[Choice], logits: Logits) -> None:
-        samplers = [choice.sampler for choice in choices]
-        tokens = sample(logits, samplers, [choice.generated for choice in choices])
-        for choice, row, token in zip(choices, logits, tokens, strict=True):
+    def _sample(self, ready: Sequence[Work], logits: Logits) -> None:
+        places = [(each.choice, place) for each in ready for place in range(1 + len(each.guess))]
+        tokens = sample(
+            logits,
+            [choice.sampler for choice, _ in places],
+            [choice.generated + place for choice, place in places],
+        )
+        begin = 0
+        for each in ready:
+            end = begin + 1 + len(each.guess)
+            kept = self._take(each, logits[begin:end], tokens[begin:end])
+            self._scheduler.verified(each, kept)
+            self._guessed += len(each.guess)
+            self._guessed_right += kept
+            begin = end
+
+    def _take(self, work: Work, logits: Logits, tokens: Sequence[int | Exception]) -> int:
+        """Appends tokens up to the first that was not guessed; returns how many of the guess were right."""
+        choice = work.choice
+        for place, (row, token) in enumerate(zip(logits, tokens, strict=True)):
             if choice.job.id not in self._jobs:
-                continue  # Another choice of the job has failed in this step.
+                return place  # Another choice of the job has failed in this step.
             try:
                 if isinstance(token, Exception):
                     raise token
                 self._advance(choice, row, token)
             except Exception as error:
                 self._break(choice.job, error)
+                return place
+            if place == len(work.guess) or token != work.guess[place] or choice.reason is not None:
+                return place
+        raise RuntimeError("a sequence was sampled without logits")
 
     def _advance(self, choice: Choice, row: Logits, token: int) -> None:
         job, request = choice.job, choice.job.request
@@ -298,8 +322,8 @@ def _row(work: Work) -> StepRow:
         raise RuntimeError("a sequence without pages was scheduled")
     end = choice.computed + work.count
     return StepRow(
-        choice.tokens[choice.computed : end],
+        [*choice.tokens[choice.computed : end], *work.guess],
         choice.computed,
         choice.pages.ids,
-        int(end == len(choice.tokens)),
+        1 + len(work.guess) if end == len(choice.tokens) else 0,
     )

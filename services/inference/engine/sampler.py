@@ -97,6 +97,11 @@ class Sampler:
         """Whether the logits are changed before anything is chosen."""
         return self._tally is not None or self._bias_ids.size > 0
 
+    @property
+    def remembers(self) -> bool:
+        """Whether what was said before changes what is chosen."""
+        return self._tally is not None
+
     def adjusted(self, logits: Row) -> Row:
         """A copy of the row, with penalties and bias."""
         row = logits.copy()

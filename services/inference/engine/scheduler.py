@@ -12,6 +12,8 @@ Rules, in the order in which they bind:
   later, from what the prefix cache still has. The earliest of the highest priority is never touched, and one
   sequence always fits: so something always gets on.
 - Nothing begins that cannot have its first token before its deadline.
+- While very few run and none has a prompt left, what comes next is guessed (`lookup`), and the guess computed
+  beside the token that is due. Nobody gives up a page for a guess.
 
 All of a job's choices but the first wait until the first has computed the prompt, and then find it in the
 prefix cache.
@@ -43,14 +45,19 @@ class ScheduleLimits:
     """Computed in any step that has a prompt, however long its decoding takes."""
     step_target_s: float = 0.2
     """Aimed at for a step in which some decode and others prefill: the time between two tokens."""
+    lookup_tokens: int = 0
+    """Guessed for a sequence in one step, at most."""
+    lookup_sequences: int = 2
+    """Where more than these run, tokens of guesses cost as much as others."""
 
 
 @dataclass(frozen=True, slots=True)
 class Work:
-    """One sequence's part in a step: its next `count` tokens."""
+    """One sequence's part in a step: its next `count` tokens, then those that are guessed to follow."""
 
     choice: Choice
     count: int
+    guess: tuple[int, ...] = ()
 
 
 class Scheduler:
@@ -133,6 +140,7 @@ class Scheduler:
         """The next step's work, each with the pages that it needs."""
         decoding = sum(choice.left == 1 for choice in self._running)
         budget = self._prefill_budget(decoding)
+        guesses = decoding == len(self._running) <= self._limits.lookup_sequences
         work: list[Work] = []
         for choice in sorted(self._running, key=_rank):
             if choice.pages is None:
@@ -142,22 +150,42 @@ class Scheduler:
                 continue
             if choice.left > 1:
                 budget -= count
-            work.append(Work(choice, count))
+            work.append(Work(choice, count, self._guess(choice) if guesses else ()))
         return work
 
     def computed(self, work: Work) -> None:
         """The step has computed it."""
-        choice = work.choice
-        if choice.pages is None:
-            return
-        choice.computed += work.count
-        self._cache.commit(choice.pages, choice.tokens, choice.computed)
-        tenant = choice.job.request.tenant
-        self._served[tenant] = self._served.get(tenant, 0.0) + work.count
+        self._advance(work.choice, work.count)
+
+    def verified(self, work: Work, kept: int) -> None:
+        """The first `kept` tokens of the work's guess have become the sequence's own, and are computed."""
+        if work.guess:
+            work.choice.lookup.learn(len(work.choice.tokens), kept)
+            self._advance(work.choice, kept)
 
     def learn(self, tokens: int, seconds: float) -> None:
         """A step of `tokens` tokens took `seconds`."""
         self._cost.learn(tokens, seconds)
+
+    def _advance(self, choice: Choice, tokens: int) -> None:
+        if choice.pages is None:
+            return
+        choice.computed += tokens
+        self._cache.commit(choice.pages, choice.tokens, choice.computed)
+        tenant = choice.job.request.tenant
+        self._served[tenant] = self._served.get(tenant, 0.0) + tokens
+
+    def _guess(self, choice: Choice) -> tuple[int, ...]:
+        """Where the sampler remembers what was said, tokens can only be drawn one after the other."""
+        if choice.pages is None or choice.sampler.remembers:
+            return ()
+        most = min(self._limits.lookup_tokens, choice.job.max_tokens - choice.generated - 1)
+        guess = choice.lookup.guess(choice.tokens, most)
+        end = len(choice.tokens) + len(guess)
+        if guess and self._cache.missing(choice.pages, end) <= self._cache.available:
+            self._cache.grow(choice.pages, end)
+            return guess
+        return ()
 
     def _waiting(self) -> Iterator[Choice]:
         for queue in self._queues.values():

@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 
 from services.inference.engine.detokenizer import Detokenizer
 from services.inference.engine.kv_cache import SequencePages
+from services.inference.engine.lookup import PromptLookup
 from services.inference.engine.port import FinishReason, GenerationRequest
 from services.inference.engine.sampler import Sampler
 from services.inference.engine.stopping import StopMatcher
@@ -27,6 +28,7 @@ class Choice:
     pages: SequencePages | None = None
     """Held while it runs."""
     reason: FinishReason | None = None
+    lookup: PromptLookup = field(default_factory=PromptLookup)
 
     @property
     def generated(self) -> int:

@@ -31,7 +31,7 @@ VOCAB_TOKENS = 300
 SEED = 20
 PAGES = 22
 """Fewer than six sequences need at their end: some are preempted."""
-LIMITS = ScheduleLimits(max_running=6, max_prefill_tokens=24, min_prefill_tokens=8)
+LIMITS = ScheduleLimits(max_running=6, max_prefill_tokens=24, min_prefill_tokens=8, lookup_tokens=6)
 GREEDY = Sampling(temperature=0.0)
 SEEDED = Sampling(seed=5, temperature=1.0, top_p=0.95, top_k=40, repetition_penalty=1.1)
 NATIVE_SIZES = {"smollm3": {"hidden_size": 64}, "qwen3": {"head_dim": 32}}

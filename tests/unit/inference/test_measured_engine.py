@@ -97,7 +97,14 @@ async def test_steps_are_measured_and_counters_go_on_after_a_restart(measures: M
     steps = StepInstruments()
     nothing = EngineState()
     first = EngineState(
-        step_sequences=3, step_tokens=66, step_s=0.02, prefix_tokens=64, prefix_hit_tokens=16, preemptions=1
+        step_sequences=3,
+        step_tokens=66,
+        step_s=0.02,
+        prefix_tokens=64,
+        prefix_hit_tokens=16,
+        preemptions=1,
+        guessed_tokens=6,
+        guessed_right_tokens=4,
     )
     steps.record(nothing, first)
     steps.record(first, msgspec.structs.replace(first, step_s=0.0))  # nothing was computed
@@ -107,7 +114,13 @@ async def test_steps_are_measured_and_counters_go_on_after_a_restart(measures: M
     (rows,) = measures.points("llmos.engine.step_sequences")
     (tokens,) = measures.points("llmos.engine.step_tokens")
     assert (rows.max, tokens.max) == (3, 66)
-    for name, value in (("prefix_tokens", 128), ("prefix_hit_tokens", 32), ("preemptions", 2)):
+    for name, value in (
+        ("prefix_tokens", 128),
+        ("prefix_hit_tokens", 32),
+        ("preemptions", 2),
+        ("guessed_tokens", 12),
+        ("guessed_right_tokens", 8),
+    ):
         assert [point.value for point in measures.points(f"llmos.engine.{name}")] == [value]
 
 

@@ -54,7 +54,9 @@ def parts_of(weights: Weights) -> Iterator[tuple[int, str, Tensor | Blocks]]:
     whole: list[tuple[str, Tensor | Blocks]] = [("final_norm", weights.final_norm)]
     whole += [("head", part) for part in _split(weights.head, ["head"], [shape.vocab_tokens])]
     if not is_tied(weights):
-        whole += [("embedding", part) for part in _split(weights.embedding, ["embedding"], [shape.vocab_tokens])]
+        whole += [
+            ("embedding", part) for part in _split(weights.embedding, ["embedding"], [shape.vocab_tokens])
+        ]
     for name, part in whole:
         _check(name, part, sizes[name])
         yield WHOLE_MODEL, name, part
