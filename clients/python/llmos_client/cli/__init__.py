@@ -3,6 +3,7 @@
 - `chat`: a conversation in the terminal, or one question and its answer
 - `models`: what there is to talk to
 - `audit tail`, `audit search`: what the audit log knows
+- `quantize`: a model folder of quantised blocks, by the inference service's own command
 
 `connection` holds the options that all commands share, `terminal` what they print and how they fail: errors
 are one sentence on stderr; exit codes are 0 (well), 1 (failed), 2 (wrong use), 130 (interrupted).

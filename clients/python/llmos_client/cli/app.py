@@ -6,7 +6,7 @@ from typing import Annotated
 
 import typer
 
-from llmos_client.cli import audit, chat, models
+from llmos_client.cli import audit, chat, models, quantize
 from llmos_client.version import __version__
 
 app = typer.Typer(
@@ -19,6 +19,7 @@ app = typer.Typer(
 )
 app.command("chat")(chat.chat)
 app.command("models")(models.models)
+app.command("quantize")(quantize.quantize)
 
 _audit = typer.Typer(help="Read the audit log (needs the scope audit.read).", no_args_is_help=True)
 _audit.command("tail")(audit.tail)
