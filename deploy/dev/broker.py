@@ -28,8 +28,8 @@ LOGGING = (
     "-Dorg.slf4j.simpleLogger.showDateTime=true",
     "-Dorg.slf4j.simpleLogger.dateTimeFormat=yyyy-MM-dd'T'HH:mm:ss.SSS",
 )
-# Small, since this is one machine: few threads and partitions, bounded logs, no waiting for group members. A
-# broker that was killed may come back when its session has ended.
+# Small, since this is one machine: few threads and partitions, bounded logs, no waiting for group members,
+# little to do while nobody asks. A broker that was killed may come back when its session has ended.
 SETTINGS = """\
 process.roles=broker,controller
 node.id=1
@@ -56,8 +56,9 @@ share.coordinator.state.topic.num.partitions=1
 share.coordinator.state.topic.replication.factor=1
 share.coordinator.state.topic.min.isr=1
 group.initial.rebalance.delay.ms=0
-broker.heartbeat.interval.ms=500
+broker.heartbeat.interval.ms=1000
 broker.session.timeout.ms=3000
+metadata.max.idle.interval.ms=5000
 group.coordinator.rebalance.protocols=classic,consumer
 """
 

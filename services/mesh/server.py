@@ -229,13 +229,16 @@ class _ChainInterceptor(grpc.aio.ServerInterceptor):
                     await behaviour(request, servicer_context)
                     return
                 first = True
-                async with aclosing(behaviour(request, servicer_context)) as responses:
+                async with (
+                    _writing(servicer_context, self._write_timeout_s) as write,
+                    aclosing(behaviour(request, servicer_context)) as responses,
+                ):
                     async for response in responses:
                         if first:
                             # Not sooner: the first header commits a call, after which it is not retried.
                             await _send_headers(call, servicer_context)
                             first = False
-                        await self._write(servicer_context, response)
+                        await write(response)
 
         return serve
 
@@ -268,17 +271,6 @@ class _ChainInterceptor(grpc.aio.ServerInterceptor):
             validation.validate(request)
         return request
 
-    async def _write(self, servicer_context: Any, response: object) -> None:
-        try:
-            async with asyncio.timeout(self._write_timeout_s) as timeout:
-                await servicer_context.write(response)
-        except TimeoutError as error:
-            if not timeout.expired():
-                raise
-            raise errors.ReaderStalled(
-                f"The reader took nothing for {self._write_timeout_s:g} s, so the stream was ended."
-            ) from error
-
     @asynccontextmanager
     async def _around(
         self, method: str, metadata: Mapping[str, Any], servicer_context: Any
@@ -293,6 +285,47 @@ class _ChainInterceptor(grpc.aio.ServerInterceptor):
                 yield call
         except LlmosError as error:
             await _abort(servicer_context, error, call)
+
+
+@asynccontextmanager
+async def _writing(
+    servicer_context: Any, timeout_s: float
+) -> AsyncIterator[Callable[[object], Awaitable[None]]]:
+    """Gives the write of a stream. Raises ReaderStalled where a write takes longer than `timeout_s`.
+
+    One timer watches over all writes: a timeout of its own would be a good part of what a token costs.
+    """
+    loop = asyncio.get_running_loop()
+    begun_s: float | None = None
+    timer: asyncio.TimerHandle
+
+    async def write(response: object) -> None:
+        nonlocal begun_s
+        begun_s = loop.time()
+        await servicer_context.write(response)
+        begun_s = None
+
+    def check() -> None:
+        nonlocal timer
+        now_s = loop.time()
+        due_s = (now_s if begun_s is None else begun_s) + timeout_s
+        if due_s <= now_s:
+            stalled.reschedule(now_s)
+        else:
+            timer = loop.call_at(due_s, check)
+
+    timer = loop.call_later(timeout_s, check)
+    try:
+        async with asyncio.timeout(None) as stalled:
+            yield write
+    except TimeoutError as error:
+        if not stalled.expired():
+            raise
+        raise errors.ReaderStalled(
+            f"The reader took nothing for {timeout_s:g} s, so the stream was ended."
+        ) from error
+    finally:
+        timer.cancel()
 
 
 async def _forward(behaviour: Callable[..., Any], request: Any, servicer_context: Any) -> None:

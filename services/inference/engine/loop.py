@@ -275,10 +275,24 @@ class EngineLoop:
         text = accept(choice, token, eos=self._model.eos)
         table = self._model.tokenizer.table
         logprobs = (token_logprob(row, token, request.top_logprobs, table),) if request.logprobs else ()
-        self._events.append(frames.JobDelta(job.id, choice.index, text, (token,), logprobs))
+        self._say(frames.JobDelta(job.id, choice.index, text, (token,), logprobs))
         if choice.reason is not None:
             self._scheduler.end(choice)
             self._finish(job)
+
+    def _say(self, delta: frames.JobDelta) -> None:
+        """Tokens of a sequence in one step go together: a message costs the same however long it is."""
+        last = self._events[-1] if self._events else None
+        if isinstance(last, frames.JobDelta) and (last.job, last.choice) == (delta.job, delta.choice):
+            delta = frames.JobDelta(
+                delta.job,
+                delta.choice,
+                last.text + delta.text,
+                last.token_ids + delta.token_ids,
+                last.logprobs + delta.logprobs,
+            )
+            self._events.pop()
+        self._events.append(delta)
 
     def _finish(self, job: Job) -> bool:
         """Reports the end of the job where all of its choices have ended."""

@@ -9,8 +9,8 @@ import psutil
 import pytest
 
 from tests.bench import report, rounds
+from tests.bench.aims import aims
 from tests.bench.check import compare
-from tests.bench.engine import aims, faster
 from tests.bench.figures import Aim, Spread, ratio
 from tests.bench.progress import Progress
 from tests.bench.rounds import Plan, PrefixRound
@@ -93,7 +93,7 @@ async def test_rounds_interleave_and_only_one_is_awake() -> None:
         assert journal[index : index + 3] == [f"wake {name}", journal[index + 1], f"rest {name}"]
     assert found.rates(1, "platform") == pytest.approx([100, 100])
     assert found.rates(8, "generate") == pytest.approx([8 * 50 / 2.4] * 2)
-    made = {aim.name: aim for aim in aims(found, [PrefixRound(cold_s=1.0, cached_s=0.25)])}
+    made = {aim.name: aim for aim in aims(found, [PrefixRound(cold_s=1.0, cached_s=0.25)], "float32")}
     assert made["platform_vs_generate_8"].measured.median == pytest.approx(2)
     assert made["platform_vs_generate_8"].line() == "aim platform_vs_generate_8 2 1.2 met"
     assert made["cached_prefix_ttft_512"].line() == "aim cached_prefix_ttft_512 0.25 0.2 short"
@@ -132,8 +132,12 @@ async def test_answers_are_compared_before_timing() -> None:
 async def test_the_faster_way_of_serving_is_the_anchor() -> None:
     journal: list[str] = []
     servers = [Scripted("serve", 0.1, journal), Scripted("serve batching", 0.05, journal)]
-    best = await faster(servers, plan(levels=(1, 8, 32)), Progress())
+    best = await rounds.faster(servers, plan(levels=(1, 8, 32)), Progress(), most=8, tokens=4)
     assert [best[level].name for level in (1, 8, 32)] == ["serve batching"] * 3
+    assert [line for line in journal if line.startswith("serve batching")] == [
+        "serve batching 1",
+        "serve batching 8",
+    ]
 
 
 def test_a_ratio_is_taken_round_by_round() -> None:

@@ -110,6 +110,14 @@ def run(limits: ScheduleLimits, plan: list[Asked], pages: int) -> LoopBench:
     return bench
 
 
+def logprobs(bench: LoopBench, number: int) -> list[tuple[int, object]]:
+    """Choice and log probability of each token."""
+    deltas = [event for event in bench.of(number) if isinstance(event, frames.JobDelta)]
+    return sorted(
+        ((delta.choice, each) for delta in deltas for each in delta.logprobs), key=lambda pair: pair[0]
+    )
+
+
 @settings(max_examples=150, deadline=None)
 @given(plan=st.lists(asked, min_size=1, max_size=5), pages=st.integers(8, 40))
 def test_answers_are_the_same_with_and_without(plan: list[Asked], pages: int) -> None:
@@ -122,11 +130,7 @@ def test_answers_are_the_same_with_and_without(plan: list[Asked], pages: int) ->
             assert [guessing.text(number, choice) for choice in range(each.n)] == [
                 plain.text(number, choice) for choice in range(each.n)
             ]
-            deltas = [
-                [event for event in bench.of(number) if isinstance(event, frames.JobDelta)]
-                for bench in (plain, guessing)
-            ]
-            assert sorted(map(repr, deltas[0])) == sorted(map(repr, deltas[1]))
+            assert logprobs(guessing, number) == logprobs(plain, number)
 
 
 @pytest.mark.parametrize("sampling", [GREEDY, SEEDED, PENALISED])
@@ -144,6 +148,8 @@ def test_right_guesses_save_steps(sampling: Sampling) -> None:
     else:
         assert guessing.step.steps < plain.step.steps / 3
         assert guessing.loop.state.guessed_right_tokens > 40
+        deltas = [event for event in guessing.events if isinstance(event, frames.JobDelta)]
+        assert len(deltas) == guessing.step.steps, "what a step brings is one delta"
 
 
 def test_nobody_guesses_where_many_run_or_a_prompt_is_left() -> None:

@@ -1,0 +1,162 @@
+"""What rounding costs on the real model, against float32: on text that is given, and on 40 prompts.
+
+The packaged weights come in 4 and 8 bits: in float32 they are what those stand for, so that blocks of 8 bits
+made of them, and of Q4_1, are nearly exact. Q4_0 rounds anew, as 4 bits of a model in floats do.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from itertools import accumulate
+from pathlib import Path
+
+import pytest
+import torch
+
+from services.inference.engine.model.loader import load_stored, load_weights
+from services.inference.engine.native.parts import Weights
+from services.inference.engine.native.step import NativeStep
+from services.inference.engine.port import Message, Prompt, Role
+from services.inference.engine.step import PAGE_TOKENS, StepRow
+from services.inference.engine.tokenizer import PromptTokenizer
+from services.inference.quantise.folder import write_blocks
+from services.inference.quantise.precision import (
+    Predictions,
+    agreement,
+    pages_for_windows,
+    predict,
+    windows,
+)
+from tests.framework.models import real_model_in_blocks
+from tests.framework.native import native_library
+from tests.unit.inference.test_exactness import EOS, MAX_TOKENS, QUESTIONS, TEXTS
+
+ROOT = Path(__file__).parents[3]
+TEXT_TOKENS = 5000
+
+pytestmark = pytest.mark.slow
+
+
+@dataclass(frozen=True)
+class Measured:
+    """What one precision says of the same tokens."""
+
+    text: Predictions
+    prompts: Predictions
+    """Of the prompts and what float32 answers."""
+
+
+@dataclass
+class Bench:
+    """One model in memory at a time."""
+
+    text: list[list[int]]
+    prompts: list[list[int]]
+    answers: list[list[int]]
+
+    def measure(self, weights: Weights, keys_and_values: torch.dtype | None = None) -> Measured:
+        step = make_step(weights, keys_and_values)
+        try:
+            whole = [prompt + answer for prompt, answer in zip(self.prompts, self.answers, strict=True)]
+            return Measured(predict(step, self.text), predict(step, whole))
+        finally:
+            step.close()
+
+    def answered(self, weights: Weights, keys_and_values: torch.dtype | None = None) -> list[list[int]]:
+        """Greedily, all prompts beside each other, each to its end."""
+        counts = [-(-(len(prompt) + MAX_TOKENS) // PAGE_TOKENS) for prompt in self.prompts]
+        ends = list(accumulate(counts))
+        pages = [range(end - count, end) for end, count in zip(ends, counts, strict=True)]
+        step = make_step(weights, keys_and_values, pages=ends[-1])
+        answers: list[list[int]] = [[] for _ in self.prompts]
+        going = list(range(len(self.prompts)))
+        try:
+            while going:
+                rows = [
+                    StepRow(
+                        answers[index][-1:] or self.prompts[index],
+                        len(self.prompts[index]) + len(answers[index]) - 1 if answers[index] else 0,
+                        pages[index],
+                        1,
+                    )
+                    for index in going
+                ]
+                for index, token in zip(going, step.run(rows).argmax(axis=1), strict=True):
+                    answers[index].append(int(token))
+                going = [
+                    index for index in going if len(answers[index]) < MAX_TOKENS and answers[index][-1] != EOS
+                ]
+        finally:
+            step.close()
+        return answers
+
+
+def make_step(
+    weights: Weights, keys_and_values: torch.dtype | None = None, *, pages: int = pages_for_windows()
+) -> NativeStep:
+    return NativeStep(weights, native_library(), pages=pages, keys_and_values=keys_and_values)
+
+
+@pytest.fixture(scope="module")
+def bench(smollm2: Path, tokenizer: PromptTokenizer) -> Bench:
+    """This repository's own guides, and the prompts that transformers is compared on; float32's answers."""
+    text = "\n".join(file.read_text() for file in (ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))))
+    tokens = tokenizer.encode(Prompt(text=text))[:TEXT_TOKENS]
+    assert len(tokens) == TEXT_TOKENS
+    prompts = [Prompt(messages=(Message(Role.USER, question),)) for question in QUESTIONS]
+    prompts += [Prompt(text=text) for text in TEXTS]
+    made = Bench(windows(tokens), [tokenizer.encode(prompt) for prompt in prompts], [])
+    assert len(made.prompts) == 40
+    made.answers = made.answered(load_weights(smollm2, "float32"))
+    return made
+
+
+@pytest.fixture(scope="module")
+def float32(bench: Bench, smollm2: Path) -> Measured:
+    return bench.measure(load_weights(smollm2, "float32"))
+
+
+def check(measured: Measured, float32: Measured, *, top_1: float, perplexity: float) -> None:
+    """`top_1`: at least, of 1; `perplexity`: how far off at most, of 1. For text and prompts alike."""
+    for name in ("text", "prompts"):
+        found, expected = getattr(measured, name), getattr(float32, name)
+        share, off = agreement(found, expected), found.perplexity / expected.perplexity - 1
+        print(f"{name}: top-1 {share:.4f}, perplexity {expected.perplexity:.4f} {off:+.4%}")
+        assert share >= top_1, name
+        assert abs(off) <= perplexity, name
+
+
+def test_bfloat16_agrees_with_float32(bench: Bench, float32: Measured, smollm2: Path) -> None:
+    measured = bench.measure(load_weights(smollm2, "bfloat16"))
+    check(measured, float32, top_1=0.98, perplexity=0.01)
+
+
+def test_the_packaged_blocks_are_the_dequantised_weights(bench: Bench, float32: Measured) -> None:
+    """Only keys and values, which are bfloat16 beside blocks, differ; in float32 nothing does."""
+    weights = load_stored(real_model_in_blocks())
+    check(bench.measure(weights), float32, top_1=0.98, perplexity=0.01)
+    assert bench.answered(weights, torch.float32) == bench.answers
+    step = make_step(weights, torch.float32)
+    try:
+        some = predict(step, bench.text[:2])
+    finally:
+        step.close()
+    count = len(some.likeliest)
+    assert (some.likeliest == float32.text.likeliest[:count]).all()
+    assert (some.log_probabilities == float32.text.log_probabilities[:count]).all()
+
+
+@pytest.mark.parametrize(
+    ("to", "top_1", "perplexity"),
+    [
+        ("Q8_0", 0.95, 0.01),
+        # Which the weights have been in.
+        ("Q4_1", 0.95, 0.01),
+        ("Q4_0", 0.5, 0.5),
+    ],
+)
+def test_quantised_weights_agree_with_float32(
+    bench: Bench, float32: Measured, smollm2: Path, tmp_path: Path, to: str, top_1: float, perplexity: float
+) -> None:
+    write_blocks(smollm2, tmp_path, to, lambda percent, text: None)
+    check(bench.measure(load_stored(tmp_path)), float32, top_1=top_1, perplexity=perplexity)
