@@ -213,4 +213,5 @@ def _model(message: model_service_pb2.Model) -> Model:
         context_tokens=message.context_tokens,
         create_time=message.create_time.ToDatetime(tzinfo=UTC) if message.HasField("create_time") else None,
         ready=message.ready,
+        numerics_id=message.numerics_id,
     )

@@ -221,3 +221,5 @@ class Model:
     create_time: datetime | None = None
     ready: bool = False
     """Whether a replica serves it now."""
+    numerics_id: str = ""
+    """What a replica computes it with; empty until it has been loaded."""

@@ -258,6 +258,7 @@ def _model(model: Model) -> model_service_pb2.Model:
         capabilities=sorted(_same(capability) for capability in model.capabilities),
         context_tokens=model.context_tokens,
         ready=model.ready,
+        numerics_id=model.numerics_id,
     )
     if model.create_time is not None:
         message.create_time.FromDatetime(model.create_time)

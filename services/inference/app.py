@@ -77,6 +77,7 @@ def build_engine(settings: InferenceSettings, clock: Clock) -> Engine:
             model_path=settings.model_path,
             models_dir=settings.models_path,
             kernels=settings.kernels,
+            instruction_set=settings.instruction_set,
             device=settings.device,
             dtype=settings.dtype,
             threads=settings.threads,

@@ -175,6 +175,7 @@ def model_message(model: ModelInfo) -> model_service_pb2.Model:
         capabilities=sorted(_CAPABILITIES[capability] for capability in model.capabilities),
         context_tokens=model.context_tokens,
         ready=model.ready,
+        numerics_id=model.numerics_id,
     )
 
 

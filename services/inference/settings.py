@@ -47,6 +47,8 @@ class InferenceSettings(ServiceSettings):
     kernels: Literal["auto", "native", "torch"] = "auto"
     """What computes a step: on a CPU `auto` is the native library, built with the machine's C compiler on
     first use, and torch where that cannot be had."""
+    instruction_set: Literal["auto", "avx512", "avx2", "portable"] = "auto"
+    """Of the native library: `auto` is the best that the processor has."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """`auto` is CUDA where there is one."""
     threads: int = Field(default=0, ge=0, le=1024)

@@ -44,6 +44,7 @@ def embedded_config(model_path: Path, model_id: str, **changes: object) -> Embed
         model_path=model_path,
         models_dir=model_path.parent,
         kernels="auto",
+        instruction_set="auto",
         device="cpu",
         dtype="float32",
         threads=1,

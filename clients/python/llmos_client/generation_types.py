@@ -237,6 +237,8 @@ class Model:
     ready: bool
     """Whether a replica serves it now."""
     create_time: datetime | None
+    numerics_id: str = ""
+    """Names what a replica computes it with: weights, kernels, number formats, instruction set."""
     raw: model_service_pb2.Model = field(
         default_factory=model_service_pb2.Model, repr=False, compare=False, hash=False
     )
@@ -250,6 +252,7 @@ class Model:
             context_tokens=model.context_tokens,
             ready=model.ready,
             create_time=to_datetime(model.create_time) if model.HasField("create_time") else None,
+            numerics_id=model.numerics_id,
             raw=model,
         )
 

@@ -65,6 +65,7 @@ class EmbeddedConfig:
     model_path: Path | None
     models_dir: Path
     kernels: str
+    instruction_set: str
     device: str
     dtype: str
     threads: int
@@ -88,6 +89,7 @@ class EmbeddedConfig:
             model_path=None if self.model_path is None else str(self.model_path.resolve()),
             models_dir=str(self.models_dir.resolve()),
             kernels=self.kernels,
+            instruction_set=self.instruction_set,
             device=self.device,
             dtype=self.dtype,
             threads=self.threads,

@@ -52,7 +52,8 @@ def _native_step(configure: Configure, folder: Path, progress: Callable[[str], N
     progress(f"loading weights as {dtype}, for the native step")
     weights: Weights = load_stored(folder) if dtype == "stored" else load_weights(folder, dtype)
     pages = _pages(configure, weights.shape, page_bytes(weights.shape, kv_dtype(weights)))
-    return NativeStep(weights, library, pages=pages, threads=configure.threads)
+    chosen = None if configure.instruction_set == "auto" else configure.instruction_set
+    return NativeStep(weights, library, pages=pages, threads=configure.threads, instruction_set=chosen)
 
 
 def _torch_step(configure: Configure, folder: Path, progress: Callable[[str], None]) -> Step:

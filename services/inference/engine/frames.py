@@ -40,6 +40,8 @@ class Configure(Frame, frozen=True):
     models_dir: str
     kernels: str
     """`native`, `torch` or `auto`."""
+    instruction_set: str
+    """One that the native library has, or `auto`."""
     device: str
     """`cpu`, `cuda` or `auto`."""
     dtype: str

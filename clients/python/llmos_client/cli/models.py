@@ -39,13 +39,14 @@ def models(
                 terminal.write(json.dumps(MessageToDict(model.raw, preserving_proto_field_name=True)) + "\n")
             return
         terminal.rows(
-            ("MODEL", "READY", "CONTEXT", "CAN", "REVISION"),
+            ("MODEL", "READY", "CONTEXT", "CAN", "COMPUTED BY", "REVISION"),
             [
                 (
                     model.id,
                     "yes" if model.ready else "no",
                     str(model.context_tokens),
                     ", ".join(model.capabilities),
+                    _kernels(model.numerics_id),
                     model.revision,
                 )
                 for model in found
@@ -53,3 +54,8 @@ def models(
         )
 
     terminal.run(work)
+
+
+def _kernels(numerics_id: str) -> str:
+    """Kernels, number formats and instruction set: what stands between the weights and the sampling."""
+    return "/".join(numerics_id.split("/")[1:-1])
