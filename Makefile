@@ -8,7 +8,7 @@ PYTHON ?= $(shell for p in python3.11 python3 python; do \
 	$$p -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null && echo $$p && break; done)
 PROTO_SOURCES := $(shell find protos/llmos -name '*.proto')
 # The groups of pyproject.toml that have a lock of their own; dev comes first, the others agree with it.
-GROUPS := dev run gateway auth inference logging client proto tools bench
+GROUPS := dev run gateway auth inference logging client proto tools bench bench-llama bench-vllm
 LOCKS := $(GROUPS:%=requirements/%.txt)
 
 # N: how often `test-repeat` runs. TLS=1: `up` uses mTLS. ARGS: further arguments of the command behind a target.
@@ -16,6 +16,9 @@ N ?= 10
 # A file of tests stays in one process, so that what its tests share is made once; the long ones come first.
 IN_PARALLEL ?= -n 2 --dist loadfile --no-loadscope-reorder
 ARGS ?=
+# What bench-engine measures the platform beside: for blocks llama.cpp, for numbers transformers, and vLLM if told.
+BESIDE := $(if $(filter q8 q4,$(DTYPE)),.tools/bench-llama/.installed,\
+	.tools/bench/.installed $(if $(VLLM),.tools/bench-vllm/.installed))
 
 export UV_PYTHON_DOWNLOADS := never
 MAKEFLAGS += --no-builtin-rules --no-print-directory
@@ -91,8 +94,9 @@ chaos: dev-env ## Kill gateway, logging and broker 200 times under load (KILLS=N
 	LLMOS_CHAOS_KILLS=$(or $(KILLS),200) $(PY) -m pytest -s tests/chaos $(ARGS)
 
 .PHONY: bench-engine
-bench-engine: dev-env .tools/bench/.installed ## Measure tokens/s and first tokens beside transformers (ROUNDS=5 STREAMS=1,8,32)
-	@$(PY) -m tests.bench.engine $(if $(ROUNDS),--rounds $(ROUNDS)) $(if $(STREAMS),--streams $(STREAMS)) $(ARGS)
+bench-engine: dev-env $(BESIDE) ## Measure tokens/s and first tokens beside others (ROUNDS=5 STREAMS=1,8,32 DTYPE=q8 VLLM=1)
+	@$(PY) -m tests.bench.engine $(if $(ROUNDS),--rounds $(ROUNDS)) $(if $(STREAMS),--streams $(STREAMS)) \
+		$(if $(DTYPE),--dtype $(DTYPE)) $(ARGS)
 
 .PHONY: bench-start
 bench-start: dev-env ## Measure from the start of inference to its first token, with and without a converted model
@@ -110,7 +114,11 @@ native-check: ## Run the native step with the sanitizers of the C compiler over 
 lock: dev-env ## Resolve the dependencies anew into requirements/ and deploy/dev/jgo.lock.toml (UPGRADE=1: newer ones)
 	@for group in $(GROUPS); do \
 		echo "requirements/$$group.txt"; \
-		case $$group in dev|tools) with= ;; *) with="--constraint requirements/dev.txt" ;; esac; \
+		case $$group in \
+			dev|tools) with= ;; \
+			bench-vllm) with="--override requirements/bench-vllm-overrides.txt" ;; \
+			*) with="--constraint requirements/dev.txt" ;; \
+		esac; \
 		$(UV) pip compile --quiet --universal --generate-hashes --no-emit-index-url --python-version 3.11 \
 			--custom-compile-command "make lock" $(if $(UPGRADE),--upgrade) $$with \
 			--group $$group -o requirements/$$group.txt || exit 1; \
@@ -157,6 +165,28 @@ $(VENV)/.installed: pyproject.toml $(VENV)/.run
 .tools/bench/.installed: requirements/bench.txt | $(PY)
 	@rm -rf .tools/bench
 	@$(UV) pip install --quiet --python $(PY) --require-hashes --target .tools/bench -r requirements/bench.txt
+	@touch $@
+
+# llama.cpp from the source that its Python package carries, built for this CPU, so without a cache of what another
+# has built. The lock also holds what builds it. Its server stays in the folder of the build.
+.tools/bench-llama/.installed: requirements/bench-llama.txt | $(PY)
+	@echo "Building llama.cpp for this CPU, once: many minutes"
+	@rm -rf .tools/bench-llama
+	@CMAKE_ARGS="-DCMAKE_BUILD_TYPE=Release -DGGML_NATIVE=ON -DLLAVA_BUILD=OFF -DLLAMA_BUILD_TOOLS=ON \
+		-DLLAMA_BUILD_SERVER=ON -DLLAMA_BUILD_UI=OFF -DLLAMA_USE_PREBUILT_UI=OFF -DLLAMA_OPENSSL=OFF" \
+		$(UV) pip install --quiet --no-cache --python $(PY) --require-hashes --target .tools/bench-llama \
+		--build-constraints requirements/bench-llama.txt --no-binary llama-cpp-python \
+		--config-settings-package llama-cpp-python:build-dir=$(CURDIR)/.tools/bench-llama/build \
+		--config-settings-package llama-cpp-python:build.targets=llama-server -r requirements/bench-llama.txt
+	@touch $@
+
+# vLLM wants another torch than dev has, so it gets an environment.
+.tools/bench-vllm/.installed: requirements/bench-vllm.txt | $(PY)
+	@echo "Installing vLLM, once: about 6 GB"
+	@rm -rf .tools/bench-vllm
+	@$(UV) venv --quiet --python $(PY) .tools/bench-vllm
+	@$(UV) pip install --quiet --python .tools/bench-vllm/bin/python --require-hashes --no-deps \
+		-r requirements/bench-vllm.txt
 	@touch $@
 
 protos/gen/.digest: $(PROTO_SOURCES) protos/generate.py $(VENV)/.run

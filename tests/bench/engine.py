@@ -1,8 +1,7 @@
-"""`make bench-engine`: the platform beside our engine alone, transformers' `generate` and its server."""
+"""`make bench-engine`: the platform beside our engine alone and beside the engines of others."""
 
 from __future__ import annotations
 
-import argparse
 import asyncio
 import contextlib
 import os
@@ -10,23 +9,23 @@ import sys
 import tempfile
 import time
 from collections.abc import AsyncIterator, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from tokenizers import Tokenizer
 
-from services.inference.models import ModelUnusable, open_packaged
+from services.inference.models import ModelUnusable
 from services.inference.settings import InferenceSettings
 from tests.bench import check, report, rounds
+from tests.bench.aims import PREFIX_TOKENS, aims
 from tests.bench.alone import Alone
-from tests.bench.figures import Aim, ratio
-from tests.bench.generate import Generate
+from tests.bench.anchors import CHECK_PROMPTS, anchors
+from tests.bench.options import Options, arguments
 from tests.bench.progress import Progress
-from tests.bench.rounds import Plan, PrefixRound, Rounds
-from tests.bench.serve import Serve
+from tests.bench.rounds import Plan, PrefixRound
 from tests.bench.subject import Subject
 from tests.bench.through_gateway import Platform
+from tests.bench.weights import Weights, weights
 from tests.bench.work import CannotMeasure, Work
 from tests.framework import broker as brokers
 from tests.framework.mesh import CannotStart, MeshHarness
@@ -34,68 +33,13 @@ from tests.framework.models import ROOT
 from tests.framework.ports import PortReservations
 
 EXIT_MEASURED, EXIT_COULD_NOT = 0, 2
-SUBJECTS = ("platform", "alone", "generate", "serve")
-GENERATE_AIMS = {1: 1.0, 8: 1.2, 32: 1.2}
-SERVE_AIMS = {1: 4.0, 8: 6.0, 32: 10.0}
-ALONE_AIMS = {8: 0.95}
-PREFIX_AIM = 0.2
-PREFIX_TOKENS = 512
-CHECK_PROMPTS = 4
 CHECK_TOKENS = 24
+CHOICE_TOKENS = 16
 IDLE_S = 2.0
 
 
-@dataclass(frozen=True, slots=True)
-class Options:
-    """What was asked for."""
-
-    model: Path
-    dtype: str
-    device: str
-    levels: tuple[int, ...]
-    rounds: int
-    prompt_tokens: int
-    max_tokens: int
-    budget_s: float
-    subjects: frozenset[str]
-
-
-def arguments(argv: Sequence[str]) -> Options:
-    parser = argparse.ArgumentParser(prog="python -m tests.bench.engine", description=__doc__)
-    parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--streams", default="1,8,32", help="how many at once, with commas")
-    parser.add_argument("--prompt-tokens", type=int, default=100)
-    parser.add_argument("--max-tokens", type=int, default=96)
-    parser.add_argument("--minutes", type=float, default=12, help="no round begins that would end after it")
-    parser.add_argument("--subjects", default=",".join(SUBJECTS), help="with commas; always: generate")
-    parser.add_argument("--model", type=Path, help="a folder of safetensors; not given: the packaged model")
-    parser.add_argument("--dtype", choices=("auto", "float32", "bfloat16"), default="auto")
-    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
-    given = parser.parse_args(argv)
-    models = Path(os.environ.get("LLMOS_MODELS_DIR") or ROOT / ".state" / "models")
-    return Options(
-        model=(given.model or open_packaged(models, print, keep_blocks=False).path).resolve(),
-        dtype=_dtype(given.dtype, given.device),
-        device=given.device,
-        levels=tuple(int(level) for level in given.streams.split(",")),
-        rounds=given.rounds,
-        prompt_tokens=given.prompt_tokens,
-        max_tokens=given.max_tokens,
-        budget_s=given.minutes * 60,
-        subjects=frozenset(given.subjects.split(",")) | {"generate"},
-    )
-
-
-def _dtype(name: str, device: str) -> str:
-    """What `auto` is here: what transformers is fast with. All subjects are told the same."""
-    if name != "auto":
-        return name
-    quick = device == "cuda" or "avx512f" in report.machine()["instructions"]
-    return "bfloat16" if quick else "float32"
-
-
 @contextlib.asynccontextmanager
-async def platform(options: Options, folder: Path, say: Progress) -> AsyncIterator[Platform]:
+async def platform(options: Options, given: Weights, folder: Path, say: Progress) -> AsyncIterator[Platform]:
     """A mesh with the real broker, auth and audit on."""
     reservations = PortReservations()
     broker = brokers.prepare(folder / "kafka", reservations)
@@ -105,8 +49,8 @@ async def platform(options: Options, folder: Path, say: Progress) -> AsyncIterat
     mesh.configure(
         "inference",
         backend=None,  # the service's own default, not the echo that tests run
-        model_path=options.model,
-        dtype=options.dtype,
+        model_path=given.folder,
+        dtype=given.dtype,
         device=options.device,
         max_running=max(16, most),
         max_waiting=max(64, most),
@@ -115,7 +59,7 @@ async def platform(options: Options, folder: Path, say: Progress) -> AsyncIterat
         say("starting the broker and the platform")
         broker.start()
         await broker.wait_ready()
-        yield Platform(mesh, options.model.name)
+        yield Platform(mesh, given.folder.name)
     finally:
         await mesh.close()
         if broker.process.running:
@@ -124,11 +68,11 @@ async def platform(options: Options, folder: Path, say: Progress) -> AsyncIterat
         reservations.release()
 
 
-def alone(options: Options, folder: Path) -> Alone:
+def alone(options: Options, given: Weights, folder: Path) -> Alone:
     most = max(options.levels)
     settings = InferenceSettings(
-        model_path=options.model,
-        dtype=options.dtype,
+        model_path=given.folder,
+        dtype=given.dtype,
         device=options.device,
         state_dir=folder / "alone",
         max_running=max(16, most),
@@ -146,45 +90,11 @@ async def warm_up(subject: Subject, plan: Plan, say: Progress) -> None:
         await rounds.one(subject, work)
 
 
-async def faster(servers: Sequence[Subject], plan: Plan, say: Progress) -> dict[int, Subject]:
-    """Which way of serving is the faster one, by level: the anchor is what its makers' best option gives."""
-    best: dict[int, Subject] = {}
-    for level in plan.levels:
-        # Beyond a few streams it is the same question.
-        asked = min(level, 8)
-        if asked in best:
-            best[level] = best[asked]
-            continue
-        work = Work(plan.work(asked, "choice").prompts, min(16, plan.max_tokens))
-        rates = {server.name: (await rounds.one(server, work)).tokens_per_s for server in servers}
-        best[level] = best[asked] = max(servers, key=lambda server: rates[server.name])
-        say(f"`transformers serve`, {level} streams: " + ", ".join(f"{n} {r:.1f}" for n, r in rates.items()))
-    return best
-
-
-def aims(found: Rounds, cached: Sequence[PrefixRound]) -> list[Aim]:
-    """Those that this run can speak about."""
-    made: list[Aim] = []
-    for name, others, targets in (
-        ("generate", ("generate",), GENERATE_AIMS),
-        ("serve", ("serve", "serve batching"), SERVE_AIMS),
-        ("engine_alone", ("engine alone",), ALONE_AIMS),
-    ):
-        for level in found.batches:
-            base = found.rates(level, "platform")
-            for other in others:
-                rates = found.rates(level, other)
-                if base and rates and level in targets:
-                    made.append(Aim(f"platform_vs_{name}_{level}", ratio(base, rates), targets[level]))
-    if cached:
-        measured = ratio([each.cached_s for each in cached], [each.cold_s for each in cached])
-        made.append(Aim(f"cached_prefix_ttft_{PREFIX_TOKENS}", measured, PREFIX_AIM, at_most=True))
-    return made
-
-
 async def bench(options: Options, folder: Path, say: Progress) -> None:
     begun_s = time.monotonic()
-    tokenizer = Tokenizer.from_file(str(options.model / "tokenizer.json"))
+    models_dir = Path(os.environ.get("LLMOS_MODELS_DIR") or ROOT / ".state" / "models")
+    given = weights(options, models_dir, say)
+    tokenizer = Tokenizer.from_file(str(given.folder / "tokenizer.json"))
     plan = Plan(
         levels=options.levels,
         rounds=options.rounds,
@@ -197,7 +107,7 @@ async def bench(options: Options, folder: Path, say: Progress) -> None:
     machine = report.machine()
     say(
         f"{machine['cpu']}, {machine['cores']} cores, load {machine['load_before'][0]};"
-        f" {options.dtype} on {options.device}; seed {plan.seed}"
+        f" {options.precision} on {options.device}; seed {plan.seed}"
     )
     async with contextlib.AsyncExitStack() as stack:
 
@@ -206,60 +116,58 @@ async def bench(options: Options, folder: Path, say: Progress) -> None:
             await warm_up(subject, plan, say)
             return subject
 
-        generate = Generate(options.model, options.dtype, options.device)
+        ports = PortReservations()
+        stack.callback(ports.release)
+        beside = anchors(options, given, tokenizer, folder, ports, say)
         ours: list[Subject] = []
         whole: Platform | None = None
-        servers: list[Subject] = []
-        await take(generate)
-        say(f"generate: {generate.chosen}")
+        await take(beside.reference)
+        say(f"{beside.reference.name}: {beside.reference.chosen}")
         if "platform" in options.subjects:
-            whole = await stack.enter_async_context(platform(options, folder, say))
+            whole = await stack.enter_async_context(platform(options, given, folder, say))
             ours.append(await take(whole))
         if "alone" in options.subjects:
-            ours.append(await take(alone(options, folder)))
-        if "serve" in options.subjects:
-            reservations = PortReservations()
-            stack.callback(reservations.release)
-            for batching in (False, True):
-                name = f"serve {batching}"
-                server = Serve(
-                    options.model,
-                    options.dtype,
-                    options.device,
-                    port=reservations.take([name])[name],
-                    log_file=folder / "serve.log",
-                    batching=batching,
-                )
-                servers.append(await take(server))
-        choice = await faster(servers, plan, say) if servers else {}
+            ours.append(await take(alone(options, given, folder)))
+        for subject in beside.others:
+            await take(subject)
+        choice: dict[int, Subject] = {}
+        if options.blocks:
+            choice = await rounds.faster(
+                beside.ways, plan, say, most=max(plan.levels), tokens=plan.max_tokens
+            )
+        elif beside.ways:
+            # Beyond a few streams it is the same question.
+            choice = await rounds.faster(beside.ways, plan, say, most=8, tokens=CHOICE_TOKENS)
 
         work = Work(plan.work(CHECK_PROMPTS, "check").prompts, min(CHECK_TOKENS, plan.max_tokens))
         shares = await check.compare(
-            generate,
-            [*ours, *servers],
+            beside.reference,
+            [*ours, *beside.others],
             work,
-            exact=options.dtype == "float32",
+            exact=options.precision == "float32",
             decode=lambda ids: tokenizer.decode(list(ids), skip_special_tokens=True),
         )
         agreed = ", ".join(f"{name} {100 * share:.0f} %" for name, share in shares.items())
-        say(f"tokens that agree with generate's: {agreed}")
+        say(f"tokens that agree with those of {beside.reference.name}: {agreed}")
         resting = await rounds.idle(whole, IDLE_S) if whole is not None else 0.0
         say(f"the platform takes {resting:.3f} CPU seconds per second while it rests")
 
-        by_level = {level: [*ours, generate, *([choice[level]] if choice else [])] for level in plan.levels}
+        by_level = {
+            level: [*ours, *beside.always, *([choice[level]] if choice else [])] for level in plan.levels
+        }
         found = await rounds.measure(by_level, plan, say)
         cached: list[PrefixRound] = []
         if whole is not None:
             cached = await rounds.prefixes(whole, plan, prefix_tokens=PREFIX_TOKENS, say=say)
-    made = aims(found, cached)
+    made = aims(found, cached, options.precision)
     content: dict[str, Any] = {
         "machine": machine,
-        "dtype": options.dtype,
+        "dtype": options.precision,
         "device": options.device,
-        "model": options.model.name,
+        "model": given.folder.name,
         "prompt_tokens": options.prompt_tokens,
         "max_tokens": options.max_tokens,
-        "generate": generate.chosen,
+        "chosen": {beside.reference.name: beside.reference.chosen},
         "agreement": shares,
         "idle_cpu_s_per_s": resting,
         "rounds": report.raw(found),

@@ -2,88 +2,16 @@
 
 from __future__ import annotations
 
-import asyncio
-import contextlib
-import json
-import os
-import signal
-import sys
-from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
 
-import psutil
-
-from deploy.dev.environment import ROOT
-from deploy.dev.processes import GUARD
-from tests.bench.subject import send
-from tests.bench.work import CannotMeasure, Stream, Work
+from tests.bench.piped import Piped
 
 OFFLINE = {"HF_HUB_OFFLINE": "1", "TRANSFORMERS_OFFLINE": "1", "TRANSFORMERS_VERBOSITY": "error"}
-LINE_BYTES = 16 * 1024 * 1024
-TIMEOUT_S = 300.0
 
 
-class Generate:
-    """A `Subject`: the worker and the pipes to it."""
-
-    name = "generate"
+class Generate(Piped):
+    """A `Subject`."""
 
     def __init__(self, folder: Path, dtype: str, device: str) -> None:
-        self._folder, self._dtype, self._device = folder, dtype, device
-        self._process: asyncio.subprocess.Process | None = None
-        self.chosen: dict[str, Any] = {}
-        """What the worker says of itself: attention, threads."""
-
-    async def start(self) -> None:
-        self._process = await asyncio.create_subprocess_exec(
-            # Ends with this process, even while it is stopped.
-            *(sys.executable, "-I", "-S", str(GUARD), str(os.getpid())),
-            *(sys.executable, "-m", "tests.bench.generate_worker"),
-            str(self._folder),
-            self._dtype,
-            self._device,
-            stdin=asyncio.subprocess.PIPE,
-            stdout=asyncio.subprocess.PIPE,
-            cwd=ROOT,
-            env=dict(os.environ) | OFFLINE,
-            limit=LINE_BYTES,
-        )
-        self.chosen = await self._receive()
-
-    async def answer(self, work: Work) -> list[Stream]:
-        assert self._process is not None
-        assert self._process.stdin is not None
-        request = json.dumps({"prompts": work.prompts, "max_tokens": work.max_tokens})
-        self._process.stdin.write(request.encode() + b"\n")
-        found = await self._receive()
-        first_s, last_s = found["first_s"], found["last_s"]
-        return [Stream(first_s, last_s, len(ids), tuple(ids)) for ids in found["token_ids"]]
-
-    async def _receive(self) -> dict[str, Any]:
-        assert self._process is not None
-        assert self._process.stdout is not None
-        try:
-            line = await asyncio.wait_for(self._process.stdout.readline(), TIMEOUT_S)
-        except TimeoutError:
-            line = b""
-        if not line:
-            raise CannotMeasure(f"`generate` gave no answer within {TIMEOUT_S:.0f} s, or has ended")
-        answer: dict[str, Any] = json.loads(line)
-        return answer
-
-    def processes(self) -> Mapping[str, psutil.Process]:
-        return {} if self._process is None else {"generate": psutil.Process(self._process.pid)}
-
-    def rest(self) -> None:
-        send(self.processes(), signal.SIGSTOP)
-
-    def wake(self) -> None:
-        send(self.processes(), signal.SIGCONT)
-
-    async def stop(self) -> None:
-        process, self._process = self._process, None
-        if process is not None:
-            with contextlib.suppress(ProcessLookupError):
-                process.kill()
-            await process.wait()
+        command = ("-m", "tests.bench.generate_worker", str(folder), dtype, device)
+        super().__init__("generate", command, OFFLINE)

@@ -97,6 +97,25 @@ async def one(subject: Subject, work: Work) -> Batch:
     return batch
 
 
+async def faster(
+    ways: Sequence[Subject], plan: Plan, say: Say, *, most: int, tokens: int
+) -> dict[int, Subject]:
+    """Which way is the faster one, by level: the anchor is what its makers' best option gives.
+
+    More than `most` streams are not asked for, nor more than so many `tokens`.
+    """
+    best: dict[int, Subject] = {}
+    for level in plan.levels:
+        asked = min(level, most)
+        if asked not in best:
+            work = Work(plan.work(asked, "choice").prompts, min(tokens, plan.max_tokens))
+            rates = {way.name: (await one(way, work)).tokens_per_s for way in ways}
+            best[asked] = max(ways, key=lambda way: rates[way.name])
+            say(f"{asked} streams: " + ", ".join(f"{n} {r:.1f}" for n, r in rates.items()) + " tokens/s")
+        best[level] = best[asked]
+    return best
+
+
 async def idle(subject: Subject, seconds: float) -> float:
     """CPU seconds per second that a subject takes while nobody asks it."""
     processes = {name: process for name, process in subject.processes().items() if name != "client"}

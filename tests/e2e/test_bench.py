@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from tests.bench import report, rounds
-from tests.bench.engine import aims
+from tests.bench.aims import aims
 from tests.bench.rounds import Plan
 from tests.bench.through_gateway import Platform
 from tests.framework.mesh import MeshHarness
@@ -28,6 +28,6 @@ async def test_a_round_through_the_platform(mesh: MeshHarness) -> None:
     assert 0 < batch.ttft_mean_s <= batch.ttft_worst_s
     assert {"gateway", "auth", "inference", "logging", "broker", "client"} <= batch.cpu_s.keys()
     cached = await rounds.prefixes(platform, plan, prefix_tokens=64, say=print)
-    made = aims(found, cached)
+    made = aims(found, cached, "float32")
     assert [aim.line().split()[:2] for aim in made] == [["aim", "cached_prefix_ttft_512"]]
     assert report.table(found).row_count == 2
