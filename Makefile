@@ -96,7 +96,7 @@ chaos: dev-env ## Kill gateway, logging and broker 200 times under load (KILLS=N
 .PHONY: bench-engine
 bench-engine: dev-env $(BESIDE) ## Measure tokens/s and first tokens beside others (ROUNDS=5 STREAMS=1,8,32 DTYPE=q8 VLLM=1)
 	@$(PY) -m tests.bench.engine $(if $(ROUNDS),--rounds $(ROUNDS)) $(if $(STREAMS),--streams $(STREAMS)) \
-		$(if $(DTYPE),--dtype $(DTYPE)) $(ARGS)
+		$(if $(DTYPE),--dtype $(DTYPE)) $(if $(VLLM),--vllm) $(ARGS)
 
 .PHONY: bench-start
 bench-start: dev-env ## Measure from the start of inference to its first token, with and without a converted model

@@ -26,7 +26,7 @@ def _anchors(precision: str) -> list[tuple[str, tuple[str, ...], Targets]]:
     """
     alone = ("engine_alone", ("engine alone",), ALONE)
     if precision in BLOCKS:
-        ways = ("llama.cpp server", "llama.cpp loop")
+        ways = ("llama.cpp loop", "llama.cpp server", "llama.cpp server guessing")
         return [(f"llama_cpp_{precision}", ways, LLAMA[precision]), alone]
     return [
         ("generate", ("generate",), GENERATE),

@@ -7,10 +7,9 @@ from pathlib import Path
 
 from tokenizers import Tokenizer
 
-from tests.bench import vllm
 from tests.bench.generate import Generate
 from tests.bench.llama_cpp import LlamaLoop, LlamaServer, require
-from tests.bench.options import Options
+from tests.bench.options import VLLM, Options
 from tests.bench.progress import Progress
 from tests.bench.serve import Serve
 from tests.bench.subject import Subject
@@ -47,7 +46,7 @@ def anchors(
     ports: PortReservations,
     say: Progress,
 ) -> Anchors:
-    """Raises CannotMeasure where llama.cpp is asked for and is not there; says so where vLLM is not."""
+    """Raises CannotMeasure where llama.cpp is asked for and is not there; says that vLLM is left out."""
     most = max(CHECK_PROMPTS, *options.levels)
     # A page more than what is asked for: the prompts are only about as long.
     context = -(-(options.prompt_tokens + options.max_tokens + 64) // 256) * 256
@@ -62,32 +61,35 @@ def anchors(
     if given.gguf is not None:
         require()
         loop = LlamaLoop(given.gguf, encode, levels=sorted({*options.levels, most}), context=context)
-        server = LlamaServer(
-            given.gguf,
-            encode,
-            slots=most,
-            context=context,
-            port=port("llama.cpp"),
-            log_file=folder / "llama.log",
-        )
-        return Anchors(loop, ways=[loop, server])
+        servers = [
+            LlamaServer(
+                given.gguf,
+                encode,
+                slots=most,
+                context=context,
+                port=port(f"llama.cpp {guessing}"),
+                log_file=folder / "llama.log",
+                guessing=guessing,
+            )
+            for guessing in (False, True)
+        ]
+        return Anchors(loop, ways=[loop, *servers])
     generate = Generate(given.folder, given.dtype, options.device)
     found = Anchors(generate, always=[generate])
-    if "vllm" in options.subjects and options.device == "cpu":
-        if vllm.installed():
-            found.always.append(
-                Vllm(
-                    given.folder,
-                    given.dtype,
-                    encode,
-                    streams=most,
-                    context=context,
-                    port=port("vllm"),
-                    log_file=folder / "vllm.log",
-                )
+    if VLLM in options.subjects:
+        found.always.append(
+            Vllm(
+                given.folder,
+                given.dtype,
+                encode,
+                streams=most,
+                context=context,
+                port=port("vllm"),
+                log_file=folder / "vllm.log",
             )
-        else:
-            say(vllm.MISSING)
+        )
+    elif options.device == "cpu":
+        say("vLLM is not measured: `make bench-engine VLLM=1` installs it, about 6 GB, and measures it")
     if "serve" in options.subjects:
         found.ways = [
             Serve(

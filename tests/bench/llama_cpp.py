@@ -19,6 +19,16 @@ LIBRARIES = ROOT / ".tools" / "bench-llama"
 """llama.cpp, built for this machine; `make bench-engine DTYPE=q4` builds it."""
 SERVER = LIBRARIES / "build" / "bin" / "llama-server"
 
+GUESSING = (
+    "--spec-type",
+    "ngram-simple",
+    "--spec-ngram-simple-size-n",
+    "4",
+    "--spec-ngram-simple-size-m",
+    "6",
+)
+"""What comes next is guessed from what came before, as we guess it: as many tokens at most."""
+
 Encode = Callable[[str], Sequence[int]]
 
 
@@ -39,7 +49,15 @@ class LlamaServer(OverHttp):
     """
 
     def __init__(
-        self, gguf: Path, encode: Encode, *, slots: int, context: int, port: int, log_file: Path
+        self,
+        gguf: Path,
+        encode: Encode,
+        *,
+        slots: int,
+        context: int,
+        port: int,
+        log_file: Path,
+        guessing: bool,
     ) -> None:
         """`context`: tokens of one stream."""
         self._encode = encode
@@ -48,8 +66,10 @@ class LlamaServer(OverHttp):
             *("--parallel", str(slots), "--ctx-size", str(slots * context), "--no-kv-unified"),
             *("--threads", str(cores()), "--flash-attn", "on"),
             *("--cache-ram", "0", "--no-cache-prompt", "--no-ui", "--no-slots", "--log-verbosity", "1"),
+            *(GUESSING if guessing else ()),
         ]
-        super().__init__("llama.cpp server", command, {}, port=port, log_file=log_file, label="llama.cpp")
+        name = "llama.cpp server guessing" if guessing else "llama.cpp server"
+        super().__init__(name, command, {}, port=port, log_file=log_file, label="llama.cpp")
 
     def body(self, prompt: str, max_tokens: int) -> dict[str, Any]:
         return {

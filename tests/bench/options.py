@@ -12,7 +12,9 @@ from tests.bench import report
 FLOATS = ("float32", "bfloat16")
 BLOCKS = ("q8", "q4")
 """Quantised blocks: 8 bits are Q8_0, 4 bits what the packaged GGUF file holds."""
-SUBJECTS_OF_FLOATS = ("platform", "alone", "generate", "serve", "vllm")
+SUBJECTS_OF_FLOATS = ("platform", "alone", "generate", "serve")
+VLLM = "vllm"
+"""A subject of floats as well, where it is asked for: it takes minutes to start."""
 SUBJECTS_OF_BLOCKS = ("platform", "alone", "llama")
 
 
@@ -47,6 +49,7 @@ def arguments(argv: Sequence[str]) -> Options:
     parser.add_argument("--max-tokens", type=int, default=96)
     parser.add_argument("--minutes", type=float, default=12, help="no round begins that would end after it")
     parser.add_argument("--subjects", help="with commas; the one that answers are compared with comes always")
+    parser.add_argument("--vllm", action="store_true", help="vLLM as well, on the CPU")
     parser.add_argument("--model", type=Path, help="a folder of safetensors; not given: the packaged model")
     parser.add_argument("--dtype", choices=("auto", *FLOATS, *BLOCKS), default="auto")
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
@@ -55,6 +58,8 @@ def arguments(argv: Sequence[str]) -> Options:
     blocks = precision in BLOCKS
     if blocks and (given.model or given.device != "cpu"):
         parser.error(f"{precision} is of the packaged model on the CPU")
+    if given.vllm and (blocks or given.device != "cpu"):
+        parser.error("vLLM is measured with numbers on the CPU")
     known = SUBJECTS_OF_BLOCKS if blocks else SUBJECTS_OF_FLOATS
     subjects = frozenset(given.subjects.split(",") if given.subjects else known)
     if unknown := subjects - set(known):
@@ -70,7 +75,7 @@ def arguments(argv: Sequence[str]) -> Options:
         prompt_tokens=given.prompt_tokens,
         max_tokens=given.max_tokens,
         budget_s=given.minutes * 60,
-        subjects=subjects | {"llama" if blocks else "generate"},
+        subjects=subjects | {"llama" if blocks else "generate"} | ({VLLM} if given.vllm else set()),
     )
 
 

@@ -14,16 +14,11 @@ from deploy.dev.ports import HOST
 from tests.bench.generate import OFFLINE
 from tests.bench.llama_cpp import cores
 from tests.bench.over_http import OverHttp
-from tests.bench.work import Stream
+from tests.bench.work import CannotMeasure, Stream
 
 ENVIRONMENT = ROOT / ".tools" / "bench-vllm"
 """`make bench-engine VLLM=1` makes it."""
 KV_CACHE_GIB = 2
-MISSING = "vLLM is not measured: `make bench-engine VLLM=1` installs it, about 6 GB"
-
-
-def installed() -> bool:
-    return (ENVIRONMENT / ".installed").exists()
 
 
 def _preload() -> str:
@@ -60,6 +55,11 @@ class Vllm(OverHttp):
             "VLLM_NO_USAGE_STATS": "1",
         }
         super().__init__("vllm", command, env, port=port, log_file=log_file, label="vllm")
+
+    async def start(self) -> None:
+        if not (ENVIRONMENT / ".installed").exists():
+            raise CannotMeasure(f"{ENVIRONMENT} is missing: `make bench-engine VLLM=1` makes it")
+        await super().start()
 
     def body(self, prompt: str, max_tokens: int) -> dict[str, Any]:
         return {

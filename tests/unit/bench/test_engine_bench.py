@@ -59,6 +59,10 @@ def test_the_precision_decides_who_is_measured() -> None:
     numbers = arguments(["--dtype", "float32", "--subjects", "platform"])
     assert not numbers.blocks
     assert numbers.subjects == {"platform", "generate"}
+    assert arguments(["--dtype", "float32", "--vllm"]).subjects == {
+        *("platform", "alone", "generate", "serve", "vllm")
+    }
+    assert "vllm" not in arguments(["--dtype", "float32"]).subjects
     assert arguments([]).precision in ("float32", "bfloat16")
 
 
@@ -69,6 +73,7 @@ def test_the_precision_decides_who_is_measured() -> None:
         ["--dtype", "float32", "--subjects", "llama"],
         ["--dtype", "q8", "--device", "cuda"],
         ["--dtype", "q8", "--model", "somewhere"],
+        ["--dtype", "q8", "--vllm"],
     ],
 )
 def test_what_makes_no_sense_is_refused(given: list[str], capsys: pytest.CaptureFixture[str]) -> None:
