@@ -1,7 +1,7 @@
 """`python -m services.inference.quantise SOURCE TARGET --to Q8_0`; `llmos quantize` is the same.
 
 What was made goes to stdout, progress and errors to stderr. Exit codes: 0; 1 failed; 2 what was given cannot
-be used; 130 interrupted.
+be used; 128 and the number of a signal.
 """
 
 from __future__ import annotations
@@ -9,7 +9,7 @@ from __future__ import annotations
 import argparse
 import signal
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from pathlib import Path
 
@@ -28,7 +28,7 @@ from services.inference.quantise.folder import (
 )
 from services.inference.settings import InferenceSettings
 
-FAILED, UNUSABLE, INTERRUPTED, TERMINATED = 1, 2, 130, 143
+FAILED, UNUSABLE, SIGNALLED = 1, 2, 128
 
 
 class Progress:
@@ -102,18 +102,33 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--text", type=Path, help="a text of which source and result are compared")
     asked = parser.parse_args(arguments)
     progress = Progress()
-    # The default would leave a half-made folder behind.
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(TERMINATED))
     try:
         quantise(asked.source, asked.target, asked.to, asked.text, progress)
     except (ModelUnusable, OSError) as error:
         progress.clear()
         sys.stderr.write(f"error: {error}\n")
         return UNUSABLE if isinstance(error, ModelUnusable) else FAILED
-    except KeyboardInterrupt:
-        progress.clear()
-        return INTERRUPTED
     return 0
+
+
+def until_stopped(run: Callable[[], int]) -> int:
+    """Runs to the end, or until SIGINT or SIGTERM, whose default would leave a half-made folder behind."""
+    stopped: list[int] = []
+
+    def stop(number: int, _: object) -> None:
+        stopped.append(SIGNALLED + number)
+        raise KeyboardInterrupt
+
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, stop)
+    try:
+        return run()
+    except BaseException:
+        # A library that was interrupted may have made another exception of it.
+        if not stopped:
+            raise
+        sys.stderr.write("\n")
+        return stopped[0]
 
 
 def _say(text: str) -> None:
@@ -123,4 +138,4 @@ def _say(text: str) -> None:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(until_stopped(main))

@@ -162,7 +162,7 @@ def check_source(source: Path) -> None:
 def write_blocks(source: Path, folder: Path, to: str, progress: Progress) -> list[Written]:
     """The model in `source` into the empty `folder`, its matrices in blocks of the format `to`.
 
-    With 4 bits the embedding and the head get 8: rounding them costs most. Raises ModelUnusable, OSError.
+    With 4 bits the embedding and the head get 8, as most GGUF files have it. Raises ModelUnusable, OSError.
     """
     check_source(source)
     written: list[Written] = []

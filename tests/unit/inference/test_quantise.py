@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Iterator
+import signal
+from collections.abc import Callable, Iterator
 from dataclasses import fields
 from pathlib import Path
 
@@ -19,7 +20,7 @@ from services.inference.engine.model.weights import Blocks, LayerWeights, ModelW
 from services.inference.engine.native.build import NativeUnavailable
 from services.inference.models import block_formats, read_config
 from services.inference.quantise import comparison
-from services.inference.quantise.__main__ import main
+from services.inference.quantise.__main__ import main, until_stopped
 from services.inference.quantise.folder import FORMATS
 from services.inference.quantise.precision import Predictions, agreement, predict, windows
 from tests.framework.models import FAMILY_MODELS, make_family_model
@@ -87,7 +88,6 @@ def test_blocks_are_those_of_the_numbers(llama: Path, target: Path, to: str) -> 
     assert set(formats) == {name for name, values in source.items() if values.dim() == 2}
     for name, values in source.items():
         if name in formats:
-            # The embedding costs most accuracy.
             assert formats[name] == ("Q8_0" if "embed" in name else to)
             assert torch.equal(made[name], quantise(values, formats[name]).data), name
         else:
@@ -259,6 +259,21 @@ def test_bad_input_is_told_in_a_sentence(
     with pytest.raises(SystemExit) as ended:
         main([str(llama), str(tmp_path / "new"), "--to", "Q3_K"])
     assert ended.value.code == 2
+
+
+def test_a_signal_ends_it_whatever_a_library_makes_of_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    handlers: dict[int, Callable[[int, object], None]] = {}
+    monkeypatch.setattr(signal, "signal", handlers.__setitem__)
+
+    def run() -> int:
+        try:
+            handlers[signal.SIGTERM](signal.SIGTERM, None)
+        except KeyboardInterrupt:
+            raise ValueError("not what it was") from None
+        return 0
+
+    assert until_stopped(run) == 143
+    assert until_stopped(lambda: 7) == 7
 
 
 class _Bigram:
