@@ -93,6 +93,10 @@ test-repeat: dev-env ## Run the tests on real processes N times (N=10) and stop 
 chaos: dev-env ## Kill gateway, logging and broker 200 times under load (KILLS=N), and judge the audit log
 	LLMOS_CHAOS_KILLS=$(or $(KILLS),200) $(PY) -m pytest -s tests/chaos $(ARGS)
 
+.PHONY: precision
+precision: dev-env ## Measure what rounding costs on 5,000 tokens and 40 prompts: top-1 and perplexity beside float32
+	LLMOS_PRECISION_TOKENS=5000 LLMOS_PRECISION_PROMPTS=40 $(PY) -m pytest -s tests/unit/inference/test_precision.py $(ARGS)
+
 .PHONY: bench-engine
 bench-engine: dev-env $(BESIDE) ## Measure tokens/s and first tokens beside others (ROUNDS=5 STREAMS=1,8,32 DTYPE=q8 VLLM=1)
 	@$(PY) -m tests.bench.engine $(if $(ROUNDS),--rounds $(ROUNDS)) $(if $(STREAMS),--streams $(STREAMS)) \

@@ -7,5 +7,6 @@ A request: `servicer` turns the message into a `GenerationRequest` (`request`) -
 an engine (`engine.port`) runs it: `backends.embedded` in a child process, or `backends.echo` -> events become
 messages again, numbered. The end of the call, whatever the cause, ends the work.
 
-`settings` is what can be told, `app` puts it together, `models` knows where weights come from.
+`settings` is what can be told, `app` puts it together, `models` knows where weights come from, and `quantise`
+makes folders of fewer bits.
 """
