@@ -102,6 +102,10 @@ bench-engine: dev-env $(BESIDE) ## Measure tokens/s and first tokens beside othe
 	@$(PY) -m tests.bench.engine $(if $(ROUNDS),--rounds $(ROUNDS)) $(if $(STREAMS),--streams $(STREAMS)) \
 		$(if $(DTYPE),--dtype $(DTYPE)) $(if $(VLLM),--vllm) $(ARGS)
 
+.PHONY: bench-lookup
+bench-lookup: dev-env ## Measure prompt lookup at one stream, beside the same engine without it (ROUNDS=15)
+	@$(PY) -m tests.bench.lookup $(if $(ROUNDS),--rounds $(ROUNDS)) $(ARGS)
+
 .PHONY: bench-start
 bench-start: dev-env ## Measure from the start of inference to its first token, with and without a converted model
 	@$(PY) -m tests.bench.start $(if $(ROUNDS),--rounds $(ROUNDS)) $(ARGS)

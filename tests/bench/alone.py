@@ -27,6 +27,7 @@ class Alone:
     name = "engine alone"
 
     def __init__(self, settings: InferenceSettings) -> None:
+        self.temperature = 0.0
         self._model = settings.served_model_id
         self._engine = build_engine(settings, SystemClock())
 
@@ -50,7 +51,7 @@ class Alone:
             request_id="bench",
             model=self._model,
             prompt=Prompt(text=prompt),
-            sampling=Sampling(seed=1, temperature=0.0),
+            sampling=Sampling(seed=1, temperature=self.temperature),
             max_tokens=max_tokens,
             ignore_eos=True,
         )
