@@ -124,7 +124,7 @@ lock: dev-env ## Resolve the dependencies anew into requirements/ and deploy/dev
 		echo "requirements/$$group.txt"; \
 		case $$group in \
 			dev|tools) with= ;; \
-			bench-vllm) with="--override requirements/bench-vllm-overrides.txt" ;; \
+			bench-vllm) with="--override requirements/bench-vllm.overrides" ;; \
 			*) with="--constraint requirements/dev.txt" ;; \
 		esac; \
 		$(UV) pip compile --quiet --universal --generate-hashes --no-emit-index-url --python-version 3.11 \

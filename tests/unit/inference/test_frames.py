@@ -28,7 +28,9 @@ REQUEST = GenerationRequest(
     timeout_s=1.5,
 )
 COMMANDS = [
-    frames.Configure("m", None, "/models", "auto", "cpu", "auto", 0, 8, 8, 64, 64, 100.0, 0, True),
+    frames.Configure(
+        *("m", None, "/models", "auto", "auto", "cpu", "auto"), *(0, 8, 8, 64, 64, 100.0, 6, 0, True)
+    ),
     frames.Submit(1, REQUEST),
     frames.Cancel(1),
     frames.Count(2, Prompt(text="text")),

@@ -118,7 +118,7 @@ def logprobs(bench: LoopBench, number: int) -> list[tuple[int, object]]:
     )
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=60, deadline=None)
 @given(plan=st.lists(asked, min_size=1, max_size=5), pages=st.integers(8, 40))
 def test_answers_are_the_same_with_and_without(plan: list[Asked], pages: int) -> None:
     plain, guessing = (run(limits, plan, pages) for limits in (PLAIN, GUESSING))
