@@ -42,7 +42,8 @@ def embedded_config(model_path: Path, model_id: str, **changes: object) -> Embed
     config = EmbeddedConfig(
         model_id=model_id,
         model_path=model_path,
-        models_dir=model_path.parent,
+        # Where the native library is built once for all tests.
+        models_dir=Path(__file__).parents[2] / ".state",
         kernels="auto",
         instruction_set="auto",
         device="cpu",

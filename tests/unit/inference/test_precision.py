@@ -36,8 +36,8 @@ from tests.framework.native import native_library
 from tests.unit.inference.test_exactness import EOS, MAX_TOKENS, QUESTIONS, TEXTS
 
 ROOT = Path(__file__).parents[3]
-TEXT_TOKENS = int(os.environ.get("LLMOS_PRECISION_TOKENS", "1024"))
-PROMPTS = int(os.environ.get("LLMOS_PRECISION_PROMPTS", "10"))
+TEXT_TOKENS = int(os.environ.get("LLMOS_PRECISION_TOKENS", "512"))
+PROMPTS = int(os.environ.get("LLMOS_PRECISION_PROMPTS", "8"))
 
 pytestmark = pytest.mark.slow
 
