@@ -45,6 +45,16 @@ _GAUGES = {
 """What `Engine.load` tells, each with its field there."""
 
 
+_COUNTERS = {
+    "prefix_tokens": ("{token}", "Prompt tokens of admitted requests."),
+    "prefix_hit_tokens": ("{token}", "Of them, found in the prefix cache."),
+    "preemptions": ("", "Sequences that gave up their pages and were computed again."),
+    "guessed_tokens": ("{token}", "Tokens guessed by prompt lookup."),
+    "guessed_right_tokens": ("{token}", "Of them, those that were drawn."),
+}
+"""What an EngineState counts, by the name of its field: unit and description."""
+
+
 class StepInstruments:
     """Records each step of an engine that runs in steps."""
 
@@ -67,26 +77,10 @@ class StepInstruments:
             description="Tokens computed in a step, of prompts and of answers.",
             explicit_bucket_boundaries_advisory=_STEP_TOKENS,
         )
-        self._prefix = meter.create_counter(
-            "llmos.engine.prefix_tokens", unit="{token}", description="Prompt tokens of admitted requests."
-        )
-        self._prefix_hits = meter.create_counter(
-            "llmos.engine.prefix_hit_tokens",
-            unit="{token}",
-            description="Of them, found in the prefix cache.",
-        )
-        self._preemptions = meter.create_counter(
-            "llmos.engine.preemptions",
-            description="Sequences that gave up their pages and were computed again.",
-        )
-        self._guessed = meter.create_counter(
-            "llmos.engine.guessed_tokens", unit="{token}", description="Tokens guessed by prompt lookup."
-        )
-        self._guessed_right = meter.create_counter(
-            "llmos.engine.guessed_right_tokens",
-            unit="{token}",
-            description="Of them, those that were drawn.",
-        )
+        self._counters = {
+            name: meter.create_counter(f"llmos.engine.{name}", unit=unit, description=description)
+            for name, (unit, description) in _COUNTERS.items()
+        }
 
     def record(self, before: EngineState, now: EngineState) -> None:
         """The states before and after a step of one process; its counters begin at 0."""
@@ -94,16 +88,10 @@ class StepInstruments:
             self._time.record(now.step_s)
             self._sequences.record(now.step_sequences)
             self._tokens.record(now.step_tokens)
-        if now.prefix_tokens > before.prefix_tokens:
-            self._prefix.add(now.prefix_tokens - before.prefix_tokens)
-        if now.prefix_hit_tokens > before.prefix_hit_tokens:
-            self._prefix_hits.add(now.prefix_hit_tokens - before.prefix_hit_tokens)
-        if now.preemptions > before.preemptions:
-            self._preemptions.add(now.preemptions - before.preemptions)
-        if now.guessed_tokens > before.guessed_tokens:
-            self._guessed.add(now.guessed_tokens - before.guessed_tokens)
-        if now.guessed_right_tokens > before.guessed_right_tokens:
-            self._guessed_right.add(now.guessed_right_tokens - before.guessed_right_tokens)
+        for name, counter in self._counters.items():
+            more = getattr(now, name) - getattr(before, name)
+            if more > 0:
+                counter.add(more)
 
 
 class MeasuredEngine:

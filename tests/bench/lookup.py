@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import argparse
 import asyncio
+import os
 import sys
 import tempfile
 import time
@@ -59,7 +60,7 @@ def other(rounds: int, seed: str) -> Iterator[Work]:
 async def bench(rounds: int, folder: Path, say: Progress) -> None:
     machine, seed = report.machine(), f"{time.time_ns()}"
     say(f"{machine['cpu']}, {machine['cores']} cores, load {machine['load_before'][0]}; seed {seed}")
-    models = ROOT / ".state" / "models"
+    models = Path(os.environ.get("LLMOS_MODELS_DIR") or ROOT / ".state" / "models")
     engines = {
         name: Alone(
             InferenceSettings(models_dir=models, state_dir=folder / name, prompt_lookup_tokens=tokens)

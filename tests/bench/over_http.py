@@ -7,6 +7,7 @@ import contextlib
 import os
 import signal
 import time
+from abc import ABC, abstractmethod
 from collections.abc import AsyncGenerator, Mapping, Sequence
 from contextlib import aclosing
 from pathlib import Path
@@ -26,7 +27,7 @@ START_TIMEOUT_S = 600.0
 TIMEOUT_S = 300.0
 
 
-class OverHttp:
+class OverHttp(ABC):
     """A `Subject`; who derives from it says what is asked, and what an answer is."""
 
     def __init__(
@@ -63,13 +64,13 @@ class OverHttp:
             tasks = [group.create_task(self._timed(body, due_s)) for body in bodies]
         return [task.result() for task in tasks]
 
+    @abstractmethod
     def body(self, prompt: str, max_tokens: int) -> dict[str, Any]:
         """Of the request: greedy, past the end of sequence, streaming."""
-        raise NotImplementedError
 
+    @abstractmethod
     async def stream(self, body: Mapping[str, Any], due_s: float) -> Stream:
         """Sends it, and times the answer. Raises CannotMeasure, or what `events.post` raises."""
-        raise NotImplementedError
 
     async def events(self, path: str, body: Mapping[str, Any]) -> AsyncGenerator[dict[str, Any], None]:
         """Raises CannotMeasure where one is an error."""

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import jinja2
 
+from services.inference.engine.kv_cache import pages_for
 from services.inference.engine.model.loader import load_stored, load_weights
 from services.inference.engine.model.torch_step import TorchStep
 from services.inference.engine.native.build import NativeUnavailable
@@ -22,7 +23,6 @@ from services.inference.quantise.precision import (
     WINDOW_TOKENS,
     Predictions,
     agreement,
-    pages_for_windows,
     predict,
     windows,
 )
@@ -139,9 +139,11 @@ def _computed(
 ) -> Predictions:
     """`stored`: with the folder's blocks, as they are served; else, and always in torch, in float32."""
     if library is None:
-        return predict(TorchStep(load_weights(folder, "float32"), pages=pages_for_windows()), pieces, tell)
+        return predict(
+            TorchStep(load_weights(folder, "float32"), pages=pages_for(WINDOW_TOKENS)), pieces, tell
+        )
     weights: Weights = load_stored(folder) if stored else load_weights(folder, "float32")
-    step = NativeStep(weights, library, pages=pages_for_windows())
+    step = NativeStep(weights, library, pages=pages_for(WINDOW_TOKENS))
     # It has packed them.
     del weights
     try:

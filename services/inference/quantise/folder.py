@@ -13,7 +13,7 @@ import os
 import re
 import shutil
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -21,12 +21,11 @@ from typing import Any, BinaryIO
 import numpy as np
 import numpy.typing as npt
 import torch
-from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from services.inference.engine.model.blocks import block_sizes, dequantise, quantise
 from services.inference.engine.model.families import check_family
-from services.inference.engine.model.loader import load_stored
+from services.inference.engine.model.loader import load_stored, tensor_readers
 from services.inference.models import QUANT_METHOD, ModelUnusable, block_formats, read_config
 
 Progress = Callable[[int, str], None]
@@ -166,7 +165,7 @@ def write_blocks(source: Path, folder: Path, to: str, progress: Progress) -> lis
     """
     check_source(source)
     written: list[Written] = []
-    with _opened(source) as readers:
+    with tensor_readers(source) as readers:
         plans = _plans(source, readers, to)
         # Wider numbers first, so that all lie at multiples of their size.
         plans.sort(key=lambda plan: (-_width(plan.header[0]), plan.name))
@@ -197,23 +196,9 @@ def write_blocks(source: Path, folder: Path, to: str, progress: Progress) -> lis
 def read_written(folder: Path) -> list[Written]:
     """What a folder holds that was not rounded here."""
     formats = block_formats(read_config(folder))
-    with _opened(folder) as readers:
+    with tensor_readers(folder) as readers:
         plans = _plans(folder, readers, None)
     return [_kept(plan, formats) for plan in plans]
-
-
-@contextmanager
-def _opened(folder: Path) -> Iterator[Mapping[str, Any]]:
-    """The readers of the folder's tensors, by name."""
-    with ExitStack() as stack:
-        readers: dict[str, Any] = {}
-        for file in sorted(folder.glob("*.safetensors")):
-            try:
-                reader: Any = stack.enter_context(safe_open(file, framework="pt"))
-            except SafetensorError as error:
-                raise ModelUnusable(f"{file}: {error}") from error
-            readers.update(dict.fromkeys(reader.keys(), reader))
-        yield readers
 
 
 def _plans(folder: Path, readers: Mapping[str, Any], to: str | None) -> list[_Plan]:

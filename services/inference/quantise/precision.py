@@ -13,7 +13,7 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 
-from services.inference.engine.step import PAGE_TOKENS, Logits, Step, StepRow
+from services.inference.engine.step import Logits, Step, StepRow
 
 WINDOW_TOKENS = 512
 _TOKENS_AT_ONCE = 128
@@ -45,15 +45,10 @@ def windows(tokens: Sequence[int], size: int = WINDOW_TOKENS, before: Sequence[i
     return [[*before, *piece] for piece in pieces if len(before) + len(piece) > 1]
 
 
-def pages_for_windows(size: int = WINDOW_TOKENS) -> int:
-    """How many pages a step needs for `predict`."""
-    return -(-size // PAGE_TOKENS)
-
-
 def predict(
     step: Step, pieces: Sequence[Sequence[int]], progress: Progress = lambda done, of: None
 ) -> Predictions:
-    """Runs each piece from an empty context; `step` has `pages_for_windows` of the longest.
+    """Runs each piece from an empty context; `step` has pages for the longest.
 
     Raises ValueError where a piece does not fit, or none has two tokens.
     """

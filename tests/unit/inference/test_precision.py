@@ -17,17 +17,18 @@ import numpy as np
 import pytest
 import torch
 
+from services.inference.engine.kv_cache import pages_for
 from services.inference.engine.model.loader import load_stored, load_weights
 from services.inference.engine.native.parts import Weights
 from services.inference.engine.native.step import NativeStep
 from services.inference.engine.port import Message, Prompt, Role
-from services.inference.engine.step import PAGE_TOKENS, StepRow
+from services.inference.engine.step import StepRow
 from services.inference.engine.tokenizer import PromptTokenizer
 from services.inference.quantise.folder import write_blocks
 from services.inference.quantise.precision import (
+    WINDOW_TOKENS,
     Predictions,
     agreement,
-    pages_for_windows,
     predict,
     windows,
 )
@@ -71,7 +72,7 @@ class Bench:
 
     def answered(self, weights: Weights, keys_and_values: torch.dtype | None = None) -> list[list[int]]:
         """Greedily, all prompts beside each other, each to its end."""
-        counts = [-(-(len(prompt) + MAX_TOKENS) // PAGE_TOKENS) for prompt in self.prompts]
+        counts = [pages_for(len(prompt) + MAX_TOKENS) for prompt in self.prompts]
         ends = list(accumulate(counts))
         pages = [range(end - count, end) for end, count in zip(ends, counts, strict=True)]
         step = make_step(weights, keys_and_values, pages=ends[-1])
@@ -111,7 +112,7 @@ def once(found: Predictions, pieces: list[list[int]]) -> Predictions:
 
 
 def make_step(
-    weights: Weights, keys_and_values: torch.dtype | None = None, *, pages: int = pages_for_windows()
+    weights: Weights, keys_and_values: torch.dtype | None = None, *, pages: int = pages_for(WINDOW_TOKENS)
 ) -> NativeStep:
     return NativeStep(weights, native_library(), pages=pages, keys_and_values=keys_and_values)
 

@@ -162,7 +162,7 @@ def _refuse_unknown(config: Any) -> None:
     if getattr(config, "use_bidirectional_attention", False):
         raise ModelUnusable("a model that looks ahead (use_bidirectional_attention) does not generate")
     if getattr(config, "quantization_config", None):
-        raise ModelUnusable("safetensors that are quantised already are not served; GGUF files are")
+        raise ModelUnusable("of quantised safetensors, only those that `llmos quantize` makes are served")
     unknown = set(getattr(config, "layer_types", None) or ()) - {"full_attention", "sliding_attention"}
     if unknown:
         raise ModelUnusable(f"layers of type {', '.join(sorted(unknown))} are not served")

@@ -59,7 +59,8 @@ def _load(folder: Path, dtype: torch.dtype, stack: Stack[M]) -> ModelWeights[M]:
         if formats:
             config.quantization_config = None
     description = describe(config, dtype)
-    with _opened(sorted(folder.glob("*.safetensors")), formats) as tensors:
+    with tensor_readers(folder) as readers:
+        tensors = _Tensors(lambda name: readers[name].get_tensor(name), readers, formats)
         return _assemble(description, tensors, stack)
 
 
@@ -145,18 +146,19 @@ class _Tensors:
 
 
 @contextmanager
-def _opened(files: list[Path], formats: Mapping[str, str]) -> Iterator[_Tensors]:
+def tensor_readers(folder: Path) -> Iterator[Mapping[str, Any]]:
+    """The readers of the tensors in a folder's safetensors, by the tensors' names. Raises ModelUnusable."""
     from safetensors import SafetensorError, safe_open
 
     with ExitStack() as stack:
         readers: dict[str, Any] = {}
-        for file in files:
+        for file in sorted(folder.glob("*.safetensors")):
             try:
                 reader: Any = stack.enter_context(safe_open(file, framework="pt"))
             except SafetensorError as error:
                 raise ModelUnusable(f"{file}: {error}") from error
             readers.update(dict.fromkeys(reader.keys(), reader))
-        yield _Tensors(lambda name: readers[name].get_tensor(name), readers, formats)
+        yield readers
 
 
 def _assemble(description: Description, tensors: _Tensors, stack: Stack[M]) -> ModelWeights[M]:

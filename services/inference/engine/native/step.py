@@ -81,7 +81,8 @@ class NativeStep:
         shape = weights.shape
         parts = list(parts_of(weights))
         formats = {(layer, name): format_of(part) for layer, name, part in parts if name not in VECTORS}
-        dtype = keys_and_values or kv_dtype(weights)
+        usual = kv_dtype(weights)
+        dtype = keys_and_values or usual
         self.vocab_tokens = shape.vocab_tokens
         self.context_tokens = shape.context_tokens
         self.pages = pages
@@ -90,7 +91,7 @@ class NativeStep:
         if chosen not in available:
             raise NativeUnavailable(f"this machine cannot run {chosen}, only {', '.join(available)}")
         names = "+".join(sorted(set(formats.values())))
-        if dtype is not kv_dtype(weights):
+        if dtype is not usual:
             names += f"/kv-{str(dtype).removeprefix('torch.')}"
         self.numerics = f"{KERNELS}/{names}/{chosen}"
         self._c = library.c
