@@ -6,6 +6,7 @@ from contextvars import ContextVar, Token
 from dataclasses import dataclass
 
 from services.mesh.errors import Internal, ScopeMissing
+from services.mesh.policy import Network
 
 
 @dataclass(frozen=True, slots=True)
@@ -16,6 +17,18 @@ class Identity:
     client_id: str
     key_id: str = ""
     scopes: frozenset[str] = frozenset()
+    """The most that the credential may do: policy allows some of it, never more."""
+    roles: frozenset[str] = frozenset()
+    direct_scopes: frozenset[str] | None = None
+    """What it may do without condition, whatever its roles say; None: all of `scopes`, since it has no roles."""
+    models: tuple[str, ...] = ()
+    """The models that the credential is limited to, `*` standing for any characters; empty: no such limit."""
+    addresses: tuple[Network, ...] = ()
+    """The addresses that it is limited to; empty: no such limit."""
+    token_id: str = ""
+    """The `jti` of the token that was verified."""
+    issued_at_s: int = 0
+    """When that token was issued, in seconds since the epoch: a revocation counts for tokens up to a moment."""
 
     def require(self, scope: str) -> None:
         """Raises ScopeMissing unless the credential has the scope."""

@@ -9,7 +9,7 @@ LlmosError
 ├── UNIMPLEMENTED        NotImplementedYet
 ├── FAILED_PRECONDITION  StateConflict IdempotencyMismatch
 ├── RESOURCE_EXHAUSTED   MessageTooLarge ConcurrencyLimit RateLimit BudgetExhausted Overloaded
-├── ABORTED              IdempotencyRunning StreamLost ReaderStalled
+├── ABORTED              Conflict IdempotencyRunning StreamLost ReaderStalled
 ├── UNAVAILABLE          NoReplica ReplicaLost Draining DependencyUnavailable AuditUnavailable
 ├── DEADLINE_EXCEEDED    DeadlineExceeded
 ├── CANCELLED            Cancelled
@@ -170,6 +170,12 @@ class StateConflict(LlmosError):
     status = Status.FAILED_PRECONDITION
     reason = "STATE_CONFLICT"
     default_hint = "Look at the object's state first."
+
+
+class Conflict(LlmosError):
+    status = Status.ABORTED
+    reason = "CONFLICT"
+    default_hint = "Read the object again, and make the change to what it is now."
 
 
 class ConcurrencyLimit(LlmosError):

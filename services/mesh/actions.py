@@ -1,0 +1,98 @@
+"""What each method is, for policy: the scope that it needs. A method that is not listed is denied to all.
+
+The HTTP edge's routes stand for gRPC methods and are listed by their names. The matrix of all methods by all
+credentials is in tests/e2e/access_matrix.md.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from services.mesh.policy import ADMIN, TENANT_ADMIN
+
+GENERATE = "generate"
+READ_MODELS = "models.read"
+READ_AUDIT = "audit.read"
+SIGNED_IN = ""
+"""Any valid credential: a method that answers everybody alike."""
+
+
+@dataclass(frozen=True, slots=True)
+class Action:
+    """What a caller does by calling a method."""
+
+    method: str
+    """The full gRPC name: `/package.Service/Method`."""
+    scopes: tuple[str, ...]
+    """One of them is needed; none: any valid credential will do."""
+    per_request: bool = False
+    """Its rules may depend on what is asked for, so that it is decided again when the request is parsed."""
+
+
+_GATEWAY = "/llmos.gateway.v1."
+_ADMIN = "/llmos.auth.v1.AdminService/"
+_SIGNED_IN = {
+    "EmbeddingService": ("Embed",),
+    "TaskService": (
+        "Classify",
+        "AnalyzeSentiment",
+        "ExtractEntities",
+        "Summarize",
+        "Translate",
+        "AnswerQuestion",
+        "GenerateCode",
+    ),
+    "JobService": (
+        "SubmitJob",
+        "GetJob",
+        "ListJobs",
+        "CancelJob",
+        "WatchJob",
+        "ListDeadLetters",
+        "ReplayDeadLetter",
+        "DiscardDeadLetter",
+    ),
+    "PolicyService": ("GetEffectivePolicy",),
+}
+"""These answer UNIMPLEMENTED so far, save the last; the scopes come with them."""
+_ADMINISTRATION = (
+    "CreateResource",
+    "GetResource",
+    "ListResources",
+    "UpdateResource",
+    "DeleteResource",
+    "RotateSecret",
+    "Revoke",
+    "ListChanges",
+    "ExplainDecision",
+    "ExportConfiguration",
+    "ApplyConfiguration",
+)
+
+ACTIONS: Mapping[str, Action] = {
+    action.method: action
+    for action in (
+        Action(f"{_GATEWAY}GenerationService/Generate", (GENERATE,), per_request=True),
+        Action(f"{_GATEWAY}GenerationService/StreamGenerate", (GENERATE,), per_request=True),
+        Action(f"{_GATEWAY}GenerationService/ResumeGenerate", (GENERATE,)),
+        Action(f"{_GATEWAY}GenerationService/CancelGenerate", (GENERATE,)),
+        Action(f"{_GATEWAY}GenerationService/CountTokens", (GENERATE,), per_request=True),
+        Action(f"{_GATEWAY}ModelService/ListModels", (READ_MODELS,)),
+        Action(f"{_GATEWAY}ModelService/GetModel", (READ_MODELS,)),
+        Action("/llmos.logging.v1.AuditService/Search", (READ_AUDIT,)),
+        Action("/llmos.logging.v1.AuditService/Tail", (READ_AUDIT,)),
+        *(Action(_ADMIN + method, (ADMIN, TENANT_ADMIN)) for method in _ADMINISTRATION),
+        *(
+            Action(f"{_GATEWAY}{service}/{method}", ())
+            for service, methods in _SIGNED_IN.items()
+            for method in methods
+        ),
+    )
+}
+OPEN_METHODS = frozenset(
+    f"/llmos.auth.v1.TokenService/{method}"
+    for method in ("IssueToken", "ExchangeToken", "IntrospectToken", "RevokeToken", "GetJwks")
+)
+"""At the gateway and at auth these need no credential of the call: the request itself holds one, or the answer
+is public."""
