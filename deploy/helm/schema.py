@@ -168,12 +168,28 @@ PROPERTIES = {
                     "annotations": ref("texts"),
                 },
             ),
+            "publicUrl": text(
+                "Where callers reach HTTP; empty: as `issuer`.", pattern="^(https?://[^ ]{1,500})?$"
+            ),
+            "trustedProxies": names_of("CIDR blocks of proxies whose X-Forwarded-For is believed.", 64),
         },
         optional_claim=True,
     ),
     "auth": service(
         "Tokens and keys.",
         {
+            "replicas": whole("How many pods; more than one needs database.url.", 1, 16),
+            "database": table(
+                "PostgreSQL; without, SQLite on the pod's claim.",
+                {
+                    "url": text(
+                        "postgresql://USER@HOST:PORT/NAME, without a password; empty: SQLite.",
+                        pattern="^(postgresql://[^ :@/]+@[^ @]+)?$",
+                    ),
+                    "existingSecret": secret("An existing Secret with the password; empty for none."),
+                    "key": text("Its key.", pattern="^[-._a-zA-Z0-9]{1,253}$"),
+                },
+            ),
             "keyEncryption": table(
                 "Encryption of signing keys at rest.",
                 {

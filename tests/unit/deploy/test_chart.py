@@ -89,6 +89,8 @@ def test_the_schema_is_strict_and_current() -> None:
         ({"tls__enabled": True}, "exclude each other"),
         ({"gateway__settings": {"grpc_port": 1}}, "gateway.settings.grpc_port is made by the chart"),
         ({"auth__settings": {"client_secret": "x"}}, "secrets do not belong into values"),
+        ({"auth__replicas": 2}, "set auth.database.url to a PostgreSQL"),
+        ({"auth__database": {"existingSecret": "x"}}, "is of no use without auth.database.url"),
     ],
 )
 def test_what_cannot_work_is_refused_with_a_sentence(wrong: dict[str, Any], sentence: str) -> None:
@@ -102,7 +104,9 @@ def test_what_cannot_work_is_refused_with_a_sentence(wrong: dict[str, Any], sent
         {"gatway": {}},
         {"gateway__replicas": 0},
         {"gateway__replicas": "2"},
-        {"auth__replicas": 2},
+        {"auth__replicas": 0},
+        {"auth__database": {"url": "postgresql://llmos:secret@db/llmos"}},
+        {"logging__replicas": 2},
         {"logging__storage__persistent": False},
         {"kafka__bootstrapServers": "kafka"},
         {"kafka__password": "x"},

@@ -27,6 +27,14 @@
 {{- if and .Values.tls.enabled .Values.tls.allowPlaintext -}}
 {{- fail "tls.enabled and tls.allowPlaintext exclude each other: set one of them to false." -}}
 {{- end -}}
+{{- with .Values.auth -}}
+{{- if and (gt (int .replicas) 1) (not .database.url) -}}
+{{- fail "auth.replicas is more than 1: SQLite has room for one process, so set auth.database.url to a PostgreSQL." -}}
+{{- end -}}
+{{- if and .database.existingSecret (not .database.url) -}}
+{{- fail "auth.database.existingSecret is of no use without auth.database.url." -}}
+{{- end -}}
+{{- end -}}
 {{- range $service := list "gateway" "auth" "inference" "logging" -}}
 {{- $made := splitList "," (include "llmos.madeSettings" $) -}}
 {{- range $name, $value := (index $.Values $service).settings -}}
@@ -42,5 +50,5 @@
 
 {{/* The settings that the chart makes, for any service. */}}
 {{- define "llmos.madeSettings" -}}
-allow_plaintext,auth_target,drain_delay_s,drain_grace_s,grpc_port,http_port,inference_targets,instance,issuer,kafka_bootstrap_servers,kafka_ca_file,kafka_cert_file,kafka_key_file,kafka_partitions,kafka_replication,kafka_sasl_mechanism,kafka_sasl_password_file,kafka_sasl_username,kafka_security_protocol,kafka_topic_prefix,key_encryption_key_file,listen_host,load_timeout_s,log_format,log_level,logging_target,metrics_port,models_dir,otlp_endpoint,probe_port,service_secret_file,service_secrets_dir,state_dir,tls_ca_file,tls_cert_file,tls_key_file,trace_sample_ratio
+allow_plaintext,auth_target,db_password_file,db_url,drain_delay_s,drain_grace_s,grpc_port,http_port,inference_targets,instance,issuer,kafka_bootstrap_servers,kafka_ca_file,kafka_cert_file,kafka_key_file,kafka_partitions,kafka_replication,kafka_sasl_mechanism,kafka_sasl_password_file,kafka_sasl_username,kafka_security_protocol,kafka_topic_prefix,key_encryption_key_file,listen_host,load_timeout_s,log_format,log_level,logging_target,metrics_port,models_dir,otlp_endpoint,probe_port,public_url,service_secret_file,service_secrets_dir,state_dir,tls_ca_file,tls_cert_file,tls_key_file,trace_sample_ratio,trusted_proxies
 {{- end -}}
