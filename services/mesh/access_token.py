@@ -15,9 +15,11 @@ import json
 import re
 from dataclasses import dataclass
 from enum import StrEnum
+from ipaddress import ip_network
 from typing import Any, NoReturn
 
 from services.mesh.errors import CredentialInvalid
+from services.mesh.policy import Network
 
 ALGORITHM = "Ed25519"
 TYPE = "at+jwt"
@@ -26,6 +28,9 @@ MAX_HEADER_CHARS = 512
 MAX_LIFETIME_S = 3600
 """No token lives longer; auth's own setting is bounded by it, and verifiers refuse more."""
 MAX_SCOPES = 64
+MAX_ROLES = 32
+MAX_MODELS = 16
+MAX_ADDRESSES = 16
 SERVICE_PREFIX = "service:"
 """Begins the client id of the platform's own services; no other client's id can hold a colon."""
 
@@ -35,6 +40,9 @@ _KID = re.compile(r"[A-Za-z0-9_-]{1,64}")
 _NAME = re.compile(r"[a-z0-9][a-z0-9:-]{0,63}")
 _KEY_ID = re.compile(r"[A-Za-z0-9_-]{1,64}")
 _SCOPE = re.compile(r"[a-z][a-z._-]{0,63}")
+_ROLE = re.compile(r"[a-z0-9][a-z0-9-]{0,62}")
+_MODEL = re.compile(r"[^\x00\ud800-\udfff]{1,128}")
+_ADDRESS = re.compile(r"[0-9a-f:./]{1,64}")
 _MAX_TIME = 2**40  # seconds; far beyond any date, and exact as a float
 
 
@@ -65,6 +73,14 @@ class Claims:
     """Seconds since the epoch, as are the next two."""
     not_before: int
     expires_at: int
+    roles: frozenset[str] = frozenset()
+    direct_scopes: frozenset[str] | None = None
+    """What is granted without condition, whatever the roles say; None: all of `scopes`, as there are no
+    roles."""
+    models: tuple[str, ...] = ()
+    """What an API key is limited to, `*` standing for any characters; empty: no such limit."""
+    addresses: tuple[Network, ...] = ()
+    """As `models`."""
 
 
 def refuse(why: str) -> NoReturn:
@@ -118,6 +134,8 @@ def parse_claims(payload: bytes) -> Claims:
     tenant_id = "" if is_service and "tenant_id" not in fields else _text(fields, "tenant_id", _NAME)
     key_id = _text(fields, "key_id", _KEY_ID) if "key_id" in fields else ""
     issued_at = _time(fields, "iat")
+    scopes = _scopes(fields.get("scope", ""), "scope")
+    roles, direct_scopes = _roles(fields, scopes)
     return Claims(
         issuer=_text(fields, "iss"),
         audience=_text(fields, "aud"),
@@ -125,11 +143,15 @@ def parse_claims(payload: bytes) -> Claims:
         client_id=client_id,
         tenant_id=tenant_id,
         key_id=key_id,
-        scopes=_scopes(fields),
+        scopes=scopes,
         token_id=_text(fields, "jti"),
         issued_at=issued_at,
         not_before=_time(fields, "nbf") if "nbf" in fields else issued_at,
         expires_at=_time(fields, "exp"),
+        roles=roles,
+        direct_scopes=direct_scopes,
+        models=_list(fields, "models", _MODEL, MAX_MODELS),
+        addresses=_addresses(fields),
     )
 
 
@@ -150,16 +172,56 @@ def _time(fields: dict[str, Any], name: str) -> int:
     return int(value)
 
 
-def _scopes(fields: dict[str, Any]) -> frozenset[str]:
-    value = fields.get("scope", "")
+def _scopes(value: object, name: str) -> frozenset[str]:
     if not isinstance(value, str):
-        refuse("its claim scope is malformed")
+        refuse(f"its claim {name} is malformed")
     if not value:
         return frozenset()
     scopes = value.split(" ", MAX_SCOPES)
     if len(scopes) > MAX_SCOPES or any(_SCOPE.fullmatch(scope) is None for scope in scopes):
-        refuse("its claim scope is malformed")
+        refuse(f"its claim {name} is malformed")
     return frozenset(scopes)
+
+
+def _roles(fields: dict[str, Any], scopes: frozenset[str]) -> tuple[frozenset[str], frozenset[str] | None]:
+    """The roles, and the scopes that do not depend on them. Neither claim is taken without the other: were
+    `direct_scope` lost, all that only a role's rules allow would be allowed without condition."""
+    if ("roles" in fields) != ("direct_scope" in fields):
+        refuse("its claims roles and direct_scope do not come together")
+    if "roles" not in fields:
+        return frozenset(), None
+    direct_scopes = _scopes(fields["direct_scope"], "direct_scope")
+    if not direct_scopes <= scopes:
+        refuse("its claim direct_scope exceeds scope")
+    return frozenset(_list(fields, "roles", _ROLE, MAX_ROLES)), direct_scopes
+
+
+def _list(fields: dict[str, Any], name: str, form: re.Pattern[str], limit: int) -> tuple[str, ...]:
+    """A sorted array of different texts; one that would be empty is left out instead."""
+    if name not in fields:
+        return ()
+    values = fields[name]
+    if not isinstance(values, list) or not 0 < len(values) <= limit:
+        refuse(f"its claim {name} is malformed")
+    if not all(isinstance(value, str) and form.fullmatch(value) for value in values):
+        refuse(f"its claim {name} is malformed")
+    if values != sorted(set(values)):
+        refuse(f"its claim {name} is not sorted, or names something twice")
+    return tuple(values)
+
+
+def _addresses(fields: dict[str, Any]) -> tuple[Network, ...]:
+    texts = _list(fields, "addresses", _ADDRESS, MAX_ADDRESSES)
+    networks: list[Network] = []
+    for text in texts:
+        try:
+            network = ip_network(text)
+        except ValueError:
+            refuse("its claim addresses is malformed")
+        if str(network) != text:
+            refuse("its claim addresses is not in canonical form")
+        networks.append(network)
+    return tuple(networks)
 
 
 def _decode(segment: str) -> bytes:

@@ -252,16 +252,30 @@ async def _mapped(call: Awaitable[Any]) -> Any:
 
 
 def pack_identity(identity: Identity) -> bytes:
-    """The bytes of IDENTITY_KEY."""
-    return identity_pb2.Identity(
+    """The bytes of IDENTITY_KEY. What only the edge decides by (`direct_scopes`, `models`, `addresses`) stays
+    there."""
+    packed = identity_pb2.Identity(
         tenant_id=identity.tenant_id,
         client_id=identity.client_id,
         key_id=identity.key_id,
         scopes=sorted(identity.scopes),
-    ).SerializeToString()
+        roles=sorted(identity.roles),
+        token_id=identity.token_id,
+    )
+    if identity.issued_at_s:
+        packed.issue_time.seconds = identity.issued_at_s
+    return packed.SerializeToString()
 
 
 def unpack_identity(data: bytes) -> Identity:
     """The identity in IDENTITY_KEY. Raises google.protobuf.message.DecodeError."""
     packed = identity_pb2.Identity.FromString(data)
-    return Identity(packed.tenant_id, packed.client_id, packed.key_id, frozenset(packed.scopes))
+    return Identity(
+        tenant_id=packed.tenant_id,
+        client_id=packed.client_id,
+        key_id=packed.key_id,
+        scopes=frozenset(packed.scopes),
+        roles=frozenset(packed.roles),
+        token_id=packed.token_id,
+        issued_at_s=packed.issue_time.seconds,
+    )

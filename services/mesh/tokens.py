@@ -1,20 +1,16 @@
 """Credentials between the parts: verifying access tokens, having one's own, and telling who calls.
 
 `Verifier` turns a token into what it says, or refuses it. `ServiceAuthenticator` is the authenticator of
-services that only other services call. `ServiceTokens` holds this service's own tokens, one for each
-audience. The form of a token is in `access_token`, the keys come from `jwks`, and `auth_client` speaks to
-the auth service for all of them.
+services that only other services call. The form of a token is in `access_token`, the keys come from `jwks`,
+this service's own tokens from `service_tokens`, and `auth_client` speaks to the auth service for all of them.
 """
 
 from __future__ import annotations
 
-import asyncio
 import contextlib
 import hashlib
-import logging
 from collections import OrderedDict
 from collections.abc import Mapping
-from contextvars import Context
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from typing import Protocol
@@ -27,6 +23,7 @@ from joserfc.jwk import OKPKey
 from services.mesh.access_token import (
     ALGORITHM,
     MAX_LIFETIME_S,
+    MAX_ROLES,
     MAX_SCOPES,
     MAX_TOKEN_BYTES,
     SERVICE_PREFIX,
@@ -43,16 +40,17 @@ from services.mesh.errors import (
     CredentialExpired,
     CredentialInvalid,
     CredentialMissing,
-    DependencyUnavailable,
-    LlmosError,
     PolicyDenied,
 )
 from services.mesh.jwks import JwksCache, KeySource
+from services.mesh.policy import Network
+from services.mesh.service_tokens import IssuedToken, ServiceTokens, TokenPort
 
 __all__ = [
     "Audience",
     "IssuedToken",
     "JwksCache",
+    "RevocationCheck",
     "ServiceAuthenticator",
     "ServiceTokens",
     "TokenPort",
@@ -62,10 +60,9 @@ __all__ = [
     "bearer",
 ]
 
-log = logging.getLogger(__name__)
-
 LEEWAY_S = 5.0
 """How far the clocks of two machines may differ."""
+MAX_TOKEN_ID_CHARS = 256
 GATEWAY = f"{SERVICE_PREFIX}gateway"
 
 
@@ -80,8 +77,15 @@ class VerifiedToken:
     key_id: str
     """Empty where no API key was used."""
     scopes: frozenset[str]
-    issued_at: datetime
+    issued_at_s: int
+    """In seconds since the epoch."""
     expires_at: datetime
+    token_id: str
+    roles: frozenset[str] = frozenset()
+    direct_scopes: frozenset[str] | None = None
+    """As in `Identity`, like the next two."""
+    models: tuple[str, ...] = ()
+    addresses: tuple[Network, ...] = ()
 
     @property
     def is_service(self) -> bool:
@@ -91,7 +95,27 @@ class VerifiedToken:
         """The caller that the token names. Raises PolicyDenied for a service: it is nobody's caller."""
         if self.is_service:
             raise PolicyDenied("A service's own token cannot stand for a caller.")
-        return Identity(self.tenant_id, self.client_id, self.key_id, self.scopes)
+        return Identity(
+            tenant_id=self.tenant_id,
+            client_id=self.client_id,
+            key_id=self.key_id,
+            scopes=self.scopes,
+            roles=self.roles,
+            direct_scopes=self.direct_scopes,
+            models=self.models,
+            addresses=self.addresses,
+            token_id=self.token_id,
+            issued_at_s=self.issued_at_s,
+        )
+
+
+class RevocationCheck(Protocol):
+    """Whether something was revoked that a token depends on; from memory, since every call asks it."""
+
+    def __call__(
+        self, *, token_id: str, key_id: str, client_id: str, tenant_id: str, issued_at_s: int
+    ) -> None:
+        """Raises CredentialRevoked. `issued_at_s` is in seconds since the epoch."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -117,7 +141,9 @@ class Verifier:
         clock: Clock,
         cache_max_entries: int = 10_000,
         leeway_s: float = LEEWAY_S,
+        revoked: RevocationCheck | None = None,
     ) -> None:
+        """`revoked` is asked for every token, remembered or not; None: none is ever revoked."""
         self._jwks = jwks
         self._issuer = issuer
         self._audience = audience
@@ -125,16 +151,27 @@ class Verifier:
         self._cache: OrderedDict[bytes, _Cached] = OrderedDict()
         self._cache_max_entries = cache_max_entries
         self._leeway_s = leeway_s
+        self._revoked = revoked
 
     async def verify(self, token: str) -> VerifiedToken:
-        """What the token says. Raises CredentialInvalid or CredentialExpired; where auth never answered
-        since the start, so that nothing can be verified, DependencyUnavailable."""
+        """What the token says. Raises CredentialInvalid, CredentialExpired or CredentialRevoked; where auth
+        never answered since the start, so that nothing can be verified, DependencyUnavailable."""
         if len(token) > MAX_TOKEN_BYTES or not token.isascii():
             refuse("it is too long, or not ASCII")
         digest = hashlib.sha256(token.encode("ascii")).digest()
         found = self._cache.get(digest)
-        if found is not None:
-            return self._remembered(digest, found)
+        verified = await self._fresh(token, digest) if found is None else self._remembered(digest, found)
+        if self._revoked is not None:
+            self._revoked(
+                token_id=verified.token_id,
+                key_id=verified.key_id,
+                client_id=verified.client_id,
+                tenant_id=verified.tenant_id,
+                issued_at_s=verified.issued_at_s,
+            )
+        return verified
+
+    async def _fresh(self, token: str, digest: bytes) -> VerifiedToken:
         kid = parse_kid(token)
         key = await self._jwks.key(kid)
         if key is None:
@@ -147,8 +184,13 @@ class Verifier:
             tenant_id=claims.tenant_id,
             key_id=claims.key_id,
             scopes=claims.scopes,
-            issued_at=datetime.fromtimestamp(claims.issued_at, UTC),
+            issued_at_s=claims.issued_at,
             expires_at=datetime.fromtimestamp(claims.expires_at, UTC),
+            token_id=claims.token_id,
+            roles=claims.roles,
+            direct_scopes=claims.direct_scopes,
+            models=claims.models,
+            addresses=claims.addresses,
         )
         self._cache[digest] = _Cached(verified, kid, claims.expires_at + self._leeway_s)
         while len(self._cache) > self._cache_max_entries:
@@ -222,7 +264,12 @@ def asserted_identity(metadata: Mapping[str, str | bytes], verified: VerifiedTok
         raise CredentialInvalid("The asserted identity is malformed.") from None
     # the rules of identity.proto, by hand: this is on the path of every call
     names = (identity.tenant_id, identity.client_id)
-    if not all(0 < len(name) <= 64 for name in names) or len(identity.scopes) > MAX_SCOPES:
+    if (
+        not all(0 < len(name) <= 64 for name in names)
+        or len(identity.scopes) > MAX_SCOPES
+        or len(identity.roles) > MAX_ROLES
+        or len(identity.token_id) > MAX_TOKEN_ID_CHARS
+    ):
         raise CredentialInvalid("The asserted identity is malformed.")
     return identity
 
@@ -239,101 +286,3 @@ class ServiceAuthenticator:
         if not verified.is_service:
             raise PolicyDenied("This service answers other services only; call the gateway.")
         return Caller(asserted_identity(metadata, verified), verified.subject)
-
-
-@dataclass(frozen=True, slots=True)
-class IssuedToken:
-    """A token that was just made."""
-
-    token: str
-    expires_at: datetime
-
-
-class TokenPort(Protocol):
-    """Where this service's own tokens come from."""
-
-    async def issue(self, audience: Audience) -> IssuedToken:
-        """A new token. Ends within a deadline of its own; raises an LlmosError."""
-
-
-@dataclass(slots=True)
-class _Own:
-    """This service's token for one audience."""
-
-    token: str = ""
-    renew_s: float = float("-inf")
-    end_s: float = float("-inf")
-    attempted_s: float = float("-inf")
-    renewal: asyncio.Task[None] | None = None
-    error: LlmosError | None = None
-
-
-class ServiceTokens:
-    """This service's own tokens, renewed at two thirds of their life, behind the caller's back.
-
-    While auth is down the valid one stays in use. At most one renewal runs for each audience, and not more
-    than one begins every `min_interval_s`.
-    """
-
-    def __init__(self, port: TokenPort, clock: Clock, *, min_interval_s: float = 1.0) -> None:
-        self._port = port
-        self._clock = clock
-        self._min_interval_s = min_interval_s
-        self._own = {audience: _Own() for audience in Audience}
-
-    async def token(self, audience: str) -> str:
-        """A token for the audience, one of `Audience`. Raises DependencyUnavailable where there is none
-        and auth gives none."""
-        own = self._own[Audience(audience)]
-        now_s = self._clock.monotonic()
-        if now_s < own.renew_s:
-            return own.token
-        renewal = self._renew(Audience(audience), own, now_s)
-        if now_s < own.end_s:
-            return own.token
-        if renewal is not None:
-            await asyncio.shield(renewal)
-        if self._clock.monotonic() < own.end_s:
-            return own.token
-        raise DependencyUnavailable(
-            "This service could not get a token of its own from the auth service.",
-            retry_after_s=self._min_interval_s,
-        ) from own.error
-
-    async def close(self) -> None:
-        """Ends renewals that run."""
-        running = [own.renewal for own in self._own.values() if own.renewal and not own.renewal.done()]
-        for renewal in running:
-            renewal.cancel()
-        await asyncio.gather(*running, return_exceptions=True)
-
-    def _renew(self, audience: Audience, own: _Own, now_s: float) -> asyncio.Task[None] | None:
-        if own.renewal is not None and not own.renewal.done():
-            return own.renewal
-        if now_s - own.attempted_s < self._min_interval_s:
-            return None
-        own.attempted_s = now_s
-        # a context of its own: the renewal belongs to no request, and must not carry a caller's identity
-        own.renewal = asyncio.create_task(
-            self._run_renewal(audience, own), name=f"token-{audience}", context=Context()
-        )
-        return own.renewal
-
-    async def _run_renewal(self, audience: Audience, own: _Own) -> None:
-        try:
-            issued = await self._port.issue(audience)
-            life_s = (issued.expires_at - self._clock.now()).total_seconds()
-            if life_s <= 0:
-                raise DependencyUnavailable(
-                    "auth's tokens are expired on arrival: the clocks differ too much"
-                )
-        except LlmosError as error:
-            if own.error is None:
-                log.warning("no new token for %s, the present one stays in use: %s", audience, error)
-            own.error = error
-            return
-        now_s = self._clock.monotonic()
-        own.token = issued.token
-        own.renew_s = now_s + life_s * 2 / 3
-        own.end_s = now_s + life_s
-        own.error = None

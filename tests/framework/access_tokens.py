@@ -6,7 +6,7 @@ import base64
 import hashlib
 import hmac
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from datetime import datetime
 from typing import Any
 
@@ -18,6 +18,23 @@ from joserfc.jwk import OKPKey
 ISSUER = "https://auth.llmos.internal"
 AUDIENCE = "llmos-gateway"
 KID = "key-1"
+ROLES = {"roles": ["auditor", "user"], "direct_scope": "generate"}
+"""The claims of a client that has roles."""
+
+
+class Keys:
+    """Keys that are there from the start."""
+
+    def __init__(self, keys: Mapping[str, OKPKey]) -> None:
+        self.keys = dict(keys)
+        self.asked = 0
+
+    async def key(self, kid: str) -> OKPKey | None:
+        self.asked += 1
+        return self.keys.get(kid)
+
+    def knows(self, kid: str) -> bool:
+        return kid in self.keys
 
 
 def b64(data: bytes) -> str:
@@ -182,6 +199,7 @@ def _wrong_claims(key: OKPKey, now: datetime) -> Iterator[tuple[str, str]]:
     for claim, values in wrong.items():
         for value in values:
             yield f"{claim} {str(value)[:40]!r}", signed(key, honest_claims(now, **{claim: value}))
+    yield from _wrong_lists(key, now)
     yield "expired", signed(key, honest_claims(now, iat=issued - 600, exp=issued - 300))
     claims = honest_claims(now)
     claims["exp"] = float("nan")
@@ -190,6 +208,67 @@ def _wrong_claims(key: OKPKey, now: datetime) -> Iterator[tuple[str, str]]:
     text = json.dumps(honest_claims(now))
     yield "scope twice", signed(key, text.replace('"scope"', '"scope": "admin", "scope"').encode())
     yield "exp of 5000 digits", signed(key, text.replace(str(issued + 300), "9" * 5000).encode())
+
+
+def _wrong_lists(key: OKPKey, now: datetime) -> Iterator[tuple[str, str]]:
+    wrong: dict[str, list[Any]] = {
+        "roles": [
+            [],
+            "user",
+            {"user": 1},
+            [1],
+            [["user"]],
+            ["user", "auditor"],
+            ["user", "user"],
+            ["User"],
+            ["user "],
+            ["service:gateway"],
+            [""],
+            ["r" * 64],
+            sorted(f"r{n}" for n in range(33)),
+        ],
+        "direct_scope": [
+            ["generate"],
+            1,
+            "generate  models.read",
+            "Generate",
+            "admin",
+            "generate admin",
+            "*",
+        ],
+        "models": [
+            [],
+            "llama",
+            [1],
+            [""],
+            ["b", "a"],
+            ["a", "a"],
+            ["m" * 129],
+            ["a\x00"],
+            ["\ud800"],
+            sorted(f"m{n}" for n in range(17)),
+        ],
+        "addresses": [
+            [],
+            "10.0.0.0/8",
+            [1],
+            ["10.0.0.1/8"],
+            ["10.0.0.1"],
+            ["0x0a.0.0.0/8"],
+            ["2001:DB8::/32"],
+            ["10.0.0.0/255.0.0.0"],
+            ["everywhere"],
+            ["192.168.0.0/16", "10.0.0.0/8"],
+            ["10.0.0.0/8", "10.0.0.0/8"],
+            sorted(f"10.0.{n}.0/24" for n in range(17)),
+        ],
+    }
+    for claim, values in wrong.items():
+        for value in values:
+            claims = honest_claims(now, **(ROLES | {claim: value}))
+            yield f"{claim} {str(value)[:40]!r}", signed(key, claims)
+    yield "roles without direct_scope", signed(key, honest_claims(now, roles=["user"]))
+    yield "direct_scope without roles", signed(key, honest_claims(now, direct_scope="generate"))
 
 
 def _wrong_forms(key: OKPKey, now: datetime) -> Iterator[tuple[str, str]]:

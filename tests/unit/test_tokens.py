@@ -2,59 +2,48 @@
 
 from __future__ import annotations
 
-import json
 import time
 import tracemalloc
-from collections.abc import Mapping
 from datetime import UTC, datetime
+from ipaddress import ip_network
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from joserfc.jwk import OKPKey
-from llmos.common.v1 import identity_pb2
 
-from services.mesh.access_token import parse_claims, parse_kid
+from services.mesh.access_token import parse_kid
 from services.mesh.clock import ManualClock
-from services.mesh.context import Caller, Identity
+from services.mesh.context import Identity
 from services.mesh.errors import (
     CredentialExpired,
     CredentialInvalid,
     CredentialMissing,
+    CredentialRevoked,
     LlmosError,
-    PolicyDenied,
     Status,
 )
-from services.mesh.tokens import ServiceAuthenticator, Verifier, bearer
-from tests.framework.access_tokens import AUDIENCE, ISSUER, KID, forgeries, honest_claims, signed
+from services.mesh.tokens import RevocationCheck, Verifier, bearer
+from tests.framework.access_tokens import AUDIENCE, ISSUER, KID, ROLES, Keys, forgeries, honest_claims, signed
 
 NOW = datetime(2030, 1, 1, tzinfo=UTC)
 KEY = OKPKey.generate_key("Ed25519")
 FORGERIES = list(forgeries(KEY, NOW))
 
 
-class Keys:
-    """Keys that are there from the start."""
-
-    def __init__(self, keys: Mapping[str, OKPKey]) -> None:
-        self.keys = dict(keys)
-        self.asked = 0
-
-    async def key(self, kid: str) -> OKPKey | None:
-        self.asked += 1
-        return self.keys.get(kid)
-
-    def knows(self, kid: str) -> bool:
-        return kid in self.keys
-
-
-def verifier(clock: ManualClock, keys: Keys | None = None, cache_max_entries: int = 100) -> Verifier:
+def verifier(
+    clock: ManualClock,
+    keys: Keys | None = None,
+    cache_max_entries: int = 100,
+    revoked: RevocationCheck | None = None,
+) -> Verifier:
     return Verifier(
         keys or Keys({KID: KEY}),
         issuer=ISSUER,
         audience=AUDIENCE,
         clock=clock,
         cache_max_entries=cache_max_entries,
+        revoked=revoked,
     )
 
 
@@ -62,10 +51,70 @@ async def test_an_honest_token_tells_who_calls() -> None:
     token = signed(KEY, honest_claims(NOW, key_id="key_abc"))
     verified = await verifier(ManualClock(NOW)).verify(token)
     assert verified.identity() == Identity(
-        "default", "app", "key_abc", frozenset({"generate", "models.read"})
+        "default",
+        "app",
+        "key_abc",
+        frozenset({"generate", "models.read"}),
+        token_id="0123456789abcdef",
+        issued_at_s=int(NOW.timestamp()),
     )
-    assert (verified.expires_at - verified.issued_at).total_seconds() == 300
+    assert verified.expires_at.timestamp() - verified.issued_at_s == 300
     assert not verified.is_service
+
+
+async def test_a_token_tells_roles_and_limits() -> None:
+    claims = honest_claims(NOW, **ROLES, models=["a*", "b/c"], addresses=["10.0.0.0/8", "2001:db8::/32"])
+    identity = (await verifier(ManualClock(NOW)).verify(signed(KEY, claims))).identity()
+    assert identity.roles == {"auditor", "user"}
+    assert identity.direct_scopes == {"generate"}
+    assert identity.scopes == {"generate", "models.read"}
+    assert identity.models == ("a*", "b/c")
+    assert identity.addresses == (ip_network("10.0.0.0/8"), ip_network("2001:db8::/32"))
+
+
+async def test_roles_may_leave_nothing_without_condition() -> None:
+    claims = honest_claims(NOW, roles=["user"], direct_scope="")
+    assert (await verifier(ManualClock(NOW)).verify(signed(KEY, claims))).direct_scopes == frozenset()
+
+
+async def test_every_token_is_checked_against_revocations_remembered_or_not() -> None:
+    asked: list[dict[str, object]] = []
+    revoked: set[str] = set()
+
+    def check(*, token_id: str, key_id: str, client_id: str, tenant_id: str, issued_at_s: int) -> None:
+        asked.append(
+            {
+                "token_id": token_id,
+                "key_id": key_id,
+                "client_id": client_id,
+                "tenant_id": tenant_id,
+                "issued_at_s": issued_at_s,
+            }
+        )
+        if token_id in revoked:
+            raise CredentialRevoked("The access token was revoked.")
+
+    subject = verifier(ManualClock(NOW), revoked=check)
+    token = signed(KEY, honest_claims(NOW, key_id="key_abc"))
+    await subject.verify(token)
+    await subject.verify(token)
+    revoked.add("0123456789abcdef")
+    for _ in range(2):
+        with pytest.raises(CredentialRevoked):
+            await subject.verify(token)
+    assert (
+        asked
+        == [
+            {
+                "token_id": "0123456789abcdef",
+                "key_id": "key_abc",
+                "client_id": "app",
+                "tenant_id": "default",
+                "issued_at_s": int(NOW.timestamp()),
+            }
+        ]
+        * 4
+    )
 
 
 async def test_a_token_without_scopes_has_none() -> None:
@@ -246,71 +295,6 @@ class TestBearer:
             bearer({"authorization": value})
 
 
-def service_claims(name: str) -> dict[str, object]:
-    subject = f"service:{name}"
-    return honest_claims(NOW, sub=subject, client_id=subject, tenant_id=None, scope=None)
-
-
-class TestServiceAuthenticator:
-    identity = identity_pb2.Identity(tenant_id="acme", client_id="app", scopes=["generate"])
-
-    async def authenticate(self, claims: dict[str, object], **metadata: str | bytes) -> Caller:
-        token = signed(KEY, claims)
-        entries: dict[str, str | bytes] = {"authorization": f"Bearer {token}"}
-        entries |= {name.replace("_", "-"): value for name, value in metadata.items()}
-        subject = ServiceAuthenticator(verifier(ManualClock(NOW)))
-        return await subject("/llmos.inference.v1.InferenceService/Generate", entries, "127.0.0.1")
-
-    async def test_the_gateway_asserts_the_caller(self) -> None:
-        caller = await self.authenticate(
-            service_claims("gateway"), llmos_identity_bin=self.identity.SerializeToString()
-        )
-        assert caller.peer_service == "service:gateway"
-        assert caller.identity == Identity("acme", "app", "", frozenset({"generate"}))
-
-    async def test_the_gateway_on_its_own_account(self) -> None:
-        assert await self.authenticate(service_claims("gateway")) == Caller(None, "service:gateway")
-
-    async def test_nobody_else_does(self) -> None:
-        caller = await self.authenticate(
-            service_claims("inference"), llmos_identity_bin=self.identity.SerializeToString()
-        )
-        assert caller == Caller(None, "service:inference")
-
-    @pytest.mark.parametrize(
-        "value",
-        [
-            b"\xff\xff",
-            b"",
-            "text",
-            identity_pb2.Identity(tenant_id="acme").SerializeToString(),
-            identity_pb2.Identity(tenant_id="a" * 65, client_id="app").SerializeToString(),
-            identity_pb2.Identity(
-                tenant_id="a", client_id="b", scopes=[f"s{n}" for n in range(65)]
-            ).SerializeToString(),
-        ],
-    )
-    async def test_a_malformed_assertion_is_refused(self, value: bytes | str) -> None:
-        with pytest.raises(CredentialInvalid):
-            await self.authenticate(service_claims("gateway"), llmos_identity_bin=value)
-
-    async def test_a_caller_is_no_service(self) -> None:
-        with pytest.raises(PolicyDenied):
-            await self.authenticate(honest_claims(NOW))
-
-    async def test_a_service_is_nobodys_caller(self) -> None:
-        verified = await verifier(ManualClock(NOW)).verify(signed(KEY, service_claims("gateway")))
-        assert verified.is_service
-        assert verified.tenant_id == ""
-        with pytest.raises(PolicyDenied):
-            verified.identity()
-
-    async def test_without_a_credential(self) -> None:
-        subject = ServiceAuthenticator(verifier(ManualClock(NOW)))
-        with pytest.raises(CredentialMissing):
-            await subject("/any", {}, "")
-
-
 async def test_no_refusal_repeats_the_token() -> None:
     subject = verifier(ManualClock(NOW))
     for _, token in FORGERIES:
@@ -320,7 +304,3 @@ async def test_no_refusal_repeats_the_token() -> None:
         while error is not None:
             assert all(part not in str(error) for part in token.split(".") if len(part) > 10)
             error = error.__cause__
-
-
-def test_claims_of_a_service_may_name_no_tenant() -> None:
-    assert parse_claims(json.dumps(service_claims("auth")).encode()).tenant_id == ""
