@@ -1,20 +1,16 @@
-"""What may be granted to whom. Pure: no store, no clock. What is not named here is refused."""
+"""What may be granted to whom. Pure: no store, no clock. What is not named here is refused.
+
+A token's scopes are a ceiling: what its bearer could do at all, under whatever conditions. Whether a request
+is allowed is decided where it is made, by `services.mesh.decision`.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Iterable, Mapping
 
 from services.mesh.access_token import SERVICE_PREFIX, Audience
 from services.mesh.errors import PolicyDenied, RequestInvalid, ScopeMissing, Violation
-
-ADMIN = "admin"
-SCOPES: Mapping[str, str] = {
-    "generate": "generate text, and count tokens",
-    "models.read": "list models",
-    "audit.read": "read the audit log of one's tenant",
-    ADMIN: "manage tenants, clients and keys, and read across tenants",
-}
-"""All scopes that exist, and what they allow."""
+from services.mesh.policy import ADMIN, EVERY_SCOPE, SCOPES, TENANT_ADMIN, Effect, Role
 
 SERVICES = ("gateway", "auth", "inference", "logging")
 _SERVICE_AUDIENCES: Mapping[str, frozenset[Audience]] = {
@@ -37,10 +33,22 @@ def check_scopes(scopes: Collection[str]) -> None:
         )
 
 
+def reachable(direct: frozenset[str], roles: Iterable[Role]) -> frozenset[str]:
+    """The scopes that a client could use: its own, and those that its roles allow, if only under conditions."""
+    found = set(direct)
+    for role in roles:
+        found |= role.scopes
+        for rule in role.rules:
+            if rule.effect is Effect.ALLOW:
+                found |= SCOPES.keys() if EVERY_SCOPE in rule.scopes else rule.scopes
+    return frozenset(found & SCOPES.keys())
+
+
 def granted(
     client_id: str, held: frozenset[str], audience: Audience, wanted: Collection[str]
 ) -> frozenset[str]:
-    """The scopes of a token for this client and audience; `wanted` empty asks for all that it holds.
+    """The scopes of a token for this client and audience; `held` are those that it can reach, and `wanted`
+    empty asks for all of them.
 
     Raises RequestInvalid, ScopeMissing and PolicyDenied.
     """
@@ -59,7 +67,9 @@ def granted(
     if audience is Audience.GATEWAY:
         return scopes
     if audience is Audience.AUTH:
-        if ADMIN not in scopes:
-            raise ScopeMissing("A token for auth needs the scope `admin`.", metadata={"scope": ADMIN})
+        if not scopes & {ADMIN, TENANT_ADMIN}:
+            raise ScopeMissing(
+                f"A token for auth needs the scope `{ADMIN}` or `{TENANT_ADMIN}`.", metadata={"scope": ADMIN}
+            )
         return scopes
     raise PolicyDenied(f"Only services get tokens for {audience}.")
