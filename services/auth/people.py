@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import base64
 import hashlib
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import Protocol
 
-from services.auth.store import Batch, Client, IdentityProvider, Kind, Owned, Put, Store
+from services.auth.providers.provider_tokens import ProvenPerson
+from services.auth.store import Batch, Client, Kind, Owned, Put, Store
 from services.mesh import context as request_context
 from services.mesh.clock import Clock
 from services.mesh.errors import AlreadyExists, Conflict, CredentialRevoked, NotFound, PolicyDenied
@@ -17,18 +18,6 @@ USER_PREFIX = "user:"
 _ID_CHARS = 26
 _ATTEMPTS = 3
 _NOTE = "token exchange"
-
-
-@dataclass(frozen=True, slots=True)
-class ProvenPerson:
-    """Whom a token of an identity provider stands for, which has been verified."""
-
-    provider: IdentityProvider
-    subject: str
-    """The token's `sub`, unique at the provider."""
-    roles: frozenset[str]
-    """What the provider's claims are mapped to."""
-    display_name: str = ""
 
 
 class ProviderPort(Protocol):
@@ -58,8 +47,8 @@ class People:
     async def client(self, person: ProvenPerson) -> Owned:
         """The client of a person.
 
-        Raises CredentialRevoked where it, or what it belongs to, is disabled, PolicyDenied where it belongs to
-        another tenant than the provider's people now do, and what `Store.commit` raises.
+        Raises CredentialRevoked where it, or what it belongs to, is disabled, PolicyDenied where it is of
+        another tenant than the provider's people now are, and what `Store.commit` raises.
         """
         for attempt in range(_ATTEMPTS):
             try:

@@ -34,7 +34,7 @@ def check_scopes(scopes: Collection[str]) -> None:
 
 
 def reachable(direct: frozenset[str], roles: Iterable[Role]) -> frozenset[str]:
-    """The scopes that a client could use: its own, and those that its roles allow, if only under conditions."""
+    """The scopes that a client could use: its own, and those that its roles allow, if only sometimes."""
     found = set(direct)
     for role in roles:
         found |= role.scopes

@@ -59,8 +59,8 @@ class TokenIssuer:
         self._ttl_s = ttl_s
 
     def issue(self, grant: Grant) -> SignedToken:
-        """Raises CredentialExpired where the credential ends within the second, and StateConflict where it has
-        so many roles and limits that no verifier would take the token."""
+        """Raises CredentialExpired where the credential ends within the second, and StateConflict where
+        its roles and limits are so many that no verifier would take the token."""
         issued = int(self._clock.now().timestamp())
         expires = issued + self._ttl_s
         if grant.not_after is not None:

@@ -9,15 +9,13 @@ addresses of keys inside the token, or for two readings of one JSON text. Every 
 
 from __future__ import annotations
 
-import base64
-import binascii
-import json
 import re
 from dataclasses import dataclass
 from enum import StrEnum
 from ipaddress import ip_network
 from typing import Any, NoReturn
 
+from services.mesh.compact_jws import Malformed, decode, is_base64url, parse_object
 from services.mesh.errors import CredentialInvalid
 from services.mesh.policy import Network
 
@@ -34,7 +32,6 @@ MAX_ADDRESSES = 16
 SERVICE_PREFIX = "service:"
 """Begins the client id of the platform's own services; no other client's id can hold a colon."""
 
-_SEGMENT = re.compile(r"[A-Za-z0-9_-]+")
 _SIGNATURE_CHARS = 86  # 64 bytes
 _KID = re.compile(r"[A-Za-z0-9_-]{1,64}")
 _NAME = re.compile(r"[a-z0-9][a-z0-9:-]{0,63}")
@@ -107,10 +104,9 @@ def parse_kid(token: str) -> str:
         refuse("its header is too long")
     if len(signature) != _SIGNATURE_CHARS:
         refuse("its signature has the wrong length")
-    for segment in segments:
-        if _SEGMENT.fullmatch(segment) is None:
-            refuse("it is not base64url")
-    fields = _parse_object(_decode(header), "header")
+    if not all(is_base64url(segment) for segment in segments):
+        refuse("it is not base64url")
+    fields = _header(header)
     if fields.keys() != {"alg", "typ", "kid"}:
         refuse("its header holds other fields than alg, typ and kid")
     if fields["alg"] != ALGORITHM:
@@ -125,7 +121,7 @@ def parse_kid(token: str) -> str:
 
 def parse_claims(payload: bytes) -> Claims:
     """Reads a payload whose signature has been verified. Raises CredentialInvalid."""
-    fields = _parse_object(payload, "payload")
+    fields = _object(payload, "payload")
     subject = _text(fields, "sub", _NAME)
     client_id = _text(fields, "client_id", _NAME)
     if subject != client_id:  # RFC 9068, section 5: with client credentials the subject is the client
@@ -153,6 +149,21 @@ def parse_claims(payload: bytes) -> Claims:
         models=_list(fields, "models", _MODEL, MAX_MODELS),
         addresses=_addresses(fields),
     )
+
+
+def _header(segment: str) -> dict[str, Any]:
+    try:
+        data = decode(segment)
+    except Malformed as error:
+        refuse(str(error))
+    return _object(data, "header")
+
+
+def _object(data: bytes, part: str) -> dict[str, Any]:
+    try:
+        return parse_object(data, part)
+    except Malformed as error:
+        refuse(str(error))
 
 
 def _text(fields: dict[str, Any], name: str, form: re.Pattern[str] | None = None) -> str:
@@ -222,35 +233,3 @@ def _addresses(fields: dict[str, Any]) -> tuple[Network, ...]:
             refuse("its claim addresses is not in canonical form")
         networks.append(network)
     return tuple(networks)
-
-
-def _decode(segment: str) -> bytes:
-    try:
-        data = base64.urlsafe_b64decode(segment + "=" * (-len(segment) % 4))
-    except (binascii.Error, ValueError):
-        refuse("it is not base64url")
-    # one text per value: unused bits in the last character must be zero
-    if base64.urlsafe_b64encode(data).rstrip(b"=") != segment.encode("ascii"):
-        refuse("it is not canonical base64url")
-    return data
-
-
-def _parse_object(data: bytes, part: str) -> dict[str, Any]:
-    try:
-        value = json.loads(data.decode("utf-8"), object_pairs_hook=_unique, parse_constant=_no_constant)
-    except (ValueError, RecursionError):
-        refuse(f"its {part} is not JSON")
-    if not isinstance(value, dict):
-        refuse(f"its {part} is not a JSON object")
-    return value
-
-
-def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    fields = dict(pairs)
-    if len(fields) != len(pairs):
-        raise ValueError("a name occurs twice")
-    return fields
-
-
-def _no_constant(_name: str) -> NoReturn:
-    raise ValueError("NaN and Infinity are not JSON")
