@@ -4,71 +4,40 @@ Each key signs from its `signs_from` until the next key's. The next one is made,
 before it signs, so that every verifier has fetched it by then; a key that no longer signs stays published
 until the last token that it signed has expired. All of this follows from the clock and the stored keys
 alone, so a restart at any moment changes nothing.
+
+Several processes may share the keys: one of them makes the next key, whoever is first, and the others read
+it long before it signs, so that each of them publishes it in time.
 """
 
 from __future__ import annotations
 
 import asyncio
 import base64
-import binascii
 import json
 import logging
 import secrets
 from collections.abc import Sequence
 from datetime import datetime, timedelta
 from itertools import pairwise
-from pathlib import Path
 
-from cryptography.exceptions import InvalidTag
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
-from cryptography.hazmat.primitives.ciphers.aead import AESGCM
 from cryptography.hazmat.primitives.serialization import Encoding, NoEncryption, PrivateFormat, PublicFormat
 from joserfc.jwk import OKPKey
 
+from services.auth.master_key import Sealing
 from services.auth.store import SigningKey, Store
 from services.mesh.access_token import ALGORITHM
 from services.mesh.app import StartError
 from services.mesh.clock import Clock
-from services.mesh.errors import LlmosError
+from services.mesh.errors import DataCorrupt, LlmosError
 
 log = logging.getLogger(__name__)
 
 RETIRE_MARGIN_S = 30.0
 """Beyond a token's life: for clocks that differ."""
-MAX_PAUSE_S = 60.0
+MAX_RELOAD_S = 5.0
+"""So often at least the stored keys are read again."""
 RETRY_S = 5.0
-_NONCE_BYTES = 12
-
-
-class Sealer:
-    """Encrypts private keys at rest with AES-256-GCM, bound to their id."""
-
-    def __init__(self, key: bytes) -> None:
-        """Raises ValueError unless the key has 32 bytes."""
-        if len(key) != 32:
-            raise ValueError("the key must have 32 bytes")
-        self._cipher = AESGCM(key)
-
-    @classmethod
-    def from_file(cls, path: Path) -> Sealer:
-        """Raises StartError where the file does not hold 32 bytes in base64."""
-        try:
-            return cls(base64.b64decode(path.read_text().strip(), validate=True))
-        except OSError as error:
-            raise StartError(f"the key encryption key {path} cannot be read: {error.strerror}") from None
-        except (ValueError, binascii.Error):
-            raise StartError(
-                f"the key encryption key {path} must be 32 bytes in base64: make one with "
-                "`openssl rand -base64 32`"
-            ) from None
-
-    def seal(self, kid: str, private: bytes) -> bytes:
-        nonce = secrets.token_bytes(_NONCE_BYTES)
-        return nonce + self._cipher.encrypt(nonce, private, kid.encode())
-
-    def open(self, kid: str, sealed: bytes) -> bytes:
-        """Raises cryptography's InvalidTag where it was sealed with another key, or changed."""
-        return self._cipher.decrypt(sealed[:_NONCE_BYTES], sealed[_NONCE_BYTES:], kid.encode())
 
 
 class KeyRing:
@@ -82,7 +51,7 @@ class KeyRing:
         rotation_s: float,
         publish_ahead_s: float,
         token_ttl_s: float,
-        sealer: Sealer | None = None,
+        sealer: Sealing | None = None,
     ) -> None:
         self._store = store
         self._clock = clock
@@ -90,18 +59,17 @@ class KeyRing:
         self._publish_ahead = timedelta(seconds=publish_ahead_s)
         self._kept_after = timedelta(seconds=token_ttl_s + RETIRE_MARGIN_S)
         self._sealer = sealer
+        self._reload_s = min(publish_ahead_s / 4, MAX_RELOAD_S)
         self._keys: Sequence[SigningKey] = ()
         self._opened: dict[str, OKPKey] = {}
         self._rotating: asyncio.Task[None] | None = None
 
     async def start(self) -> None:
         """Raises StartError where a stored key cannot be read."""
-        self._keys = await self._store.signing_keys()
-        for key in self._keys:
-            self._opened[key.kid] = self._open(key)
-            if self._sealer is not None and not key.sealed:
-                await self._store.put_signing_key(self._seal(key))
         await self.rotate()
+        for key in self._keys:
+            if self._sealer is not None and not key.sealed:
+                await self._store.replace_signing_key(await self._seal(key))
         self._rotating = asyncio.create_task(self._rotate_for_ever(), name="key-rotation")
 
     async def stop(self) -> None:
@@ -127,17 +95,18 @@ class KeyRing:
         return kid in self._opened
 
     async def rotate(self) -> float:
-        """Does what is due: makes the next key, retires old ones. Returns the seconds until more is due."""
+        """Reads what others did, and does what is due: makes the next key, retires old ones. Returns the
+        seconds until more is due.
+        """
+        await self._reload()
         now = self._clock.now()
         if not self._keys:
             await self._add(signs_from=now)
         due = self._keys[-1].signs_from + self._rotation
         if now >= due - self._publish_ahead:
             # after a long stop the old key goes on until the new one is known everywhere
-            due = max(due, now + self._publish_ahead)
-            await self._add(signs_from=due)
-            due += self._rotation
-        events = [due - self._publish_ahead]
+            await self._add(signs_from=max(due, now + self._publish_ahead))
+        events = [self._keys[-1].signs_from + self._rotation - self._publish_ahead]
         for old, successor in pairwise(tuple(self._keys)):
             retires = successor.signs_from + self._kept_after
             if now >= retires:
@@ -147,48 +116,58 @@ class KeyRing:
         return max((min(events) - now).total_seconds(), 0.0)
 
     async def _rotate_for_ever(self) -> None:
-        pause_s = 0.0
+        pause_s = self._reload_s
         while True:
-            # not longer than that: the wall clock may jump while the other one sleeps
-            await self._clock.sleep(min(max(pause_s, 0.05), MAX_PAUSE_S))
+            await self._clock.sleep(min(max(pause_s, 0.05), self._reload_s))
             try:
                 pause_s = await self.rotate()
-            except LlmosError as error:
+            except (LlmosError, StartError) as error:
                 log.warning("the signing keys could not be rotated, the present one signs on: %s", error)
                 pause_s = RETRY_S
+
+    async def _reload(self) -> None:
+        """All of the stored keys or, where one cannot be read, none of what is new."""
+        keys = await self._store.signing_keys()
+        opened = {key.kid: self._opened.get(key.kid) or await self._open(key) for key in keys}
+        if keys or not self._keys:
+            self._keys, self._opened = keys, opened
+        else:  # it was emptied under us: what was issued stays valid
+            raise DataCorrupt("the signing keys are gone from the database")
 
     async def _add(self, *, signs_from: datetime) -> None:
         private = Ed25519PrivateKey.generate()
         raw = private.private_bytes(Encoding.Raw, PrivateFormat.Raw, NoEncryption())
         kid = secrets.token_hex(8)
-        key = SigningKey(kid, raw, sealed=False, signs_from=signs_from)
-        await self._store.put_signing_key(key if self._sealer is None else self._seal(key))
-        self._opened[kid] = OKPKey.import_key(private)
-        self._keys = [*self._keys, key]
-        log.info("signing key %s was made; it signs from %s", kid, signs_from.isoformat(timespec="seconds"))
+        key = await self._seal(SigningKey(kid, raw, sealed=False, signs_from=signs_from))
+        after_kid = self._keys[-1].kid if self._keys else ""
+        added = await self._store.add_signing_key(key, after_kid=after_kid)
+        await self._reload()
+        if added:
+            shown = signs_from.isoformat(timespec="seconds")
+            log.info("signing key %s was made; it signs from %s", kid, shown)
 
     async def _retire(self, key: SigningKey) -> None:
         await self._store.delete_signing_key(key.kid)
         self._keys = [other for other in self._keys if other.kid != key.kid]
-        del self._opened[key.kid]
+        self._opened.pop(key.kid, None)
         log.info("signing key %s is retired", key.kid)
 
-    def _seal(self, key: SigningKey) -> SigningKey:
+    async def _seal(self, key: SigningKey) -> SigningKey:
         if self._sealer is None:
             return key
-        return SigningKey(key.kid, self._sealer.seal(key.kid, key.private), True, key.signs_from)
+        return SigningKey(key.kid, await self._sealer.seal(key.kid, key.private), True, key.signs_from)
 
-    def _open(self, key: SigningKey) -> OKPKey:
+    async def _open(self, key: SigningKey) -> OKPKey:
         raw = key.private
         if key.sealed:
             if self._sealer is None:
                 raise StartError(
-                    "the signing keys in the database are encrypted: set "
-                    "LLMOS_AUTH_KEY_ENCRYPTION_KEY_FILE to the file that they were encrypted with"
+                    "the signing keys in the database are encrypted: set LLMOS_AUTH_KEY_ENCRYPTION_KEY_FILE "
+                    "(or ..._ENV) to the key that they were encrypted with"
                 )
             try:
-                raw = self._sealer.open(key.kid, raw)
-            except InvalidTag:
+                raw = await self._sealer.open(key.kid, raw)
+            except DataCorrupt:
                 raise StartError(
                     "the signing keys in the database were encrypted with another key encryption key: "
                     "configure that one"

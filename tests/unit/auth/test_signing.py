@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import base64
 import json
 import logging
@@ -9,20 +10,23 @@ import os
 from pathlib import Path
 
 import pytest
+from pydantic import SecretStr
 
-from services.auth.signing import KeyRing, Sealer
+from services.auth.master_key import EnvelopeSealer, KeyManagement, LocalKeys, Sealer, Sealing, load
+from services.auth.signing import KeyRing
+from services.auth.store import SigningKey
 from services.auth.stores.memory import MemoryStore
 from services.auth.tokens import Grant, TokenIssuer
 from services.mesh.app import StartError
 from services.mesh.clock import ManualClock
-from services.mesh.errors import DependencyUnavailable
+from services.mesh.errors import DataCorrupt, DependencyUnavailable
 from services.mesh.jwks import JwksCache, parse_jwks
 from services.mesh.tokens import Audience, Verifier
 
 ROTATION_S, AHEAD_S, TTL_S = 1000.0, 100.0, 60.0
 
 
-def ring_of(store: MemoryStore, clock: ManualClock, sealer: Sealer | None = None) -> KeyRing:
+def ring_of(store: MemoryStore, clock: ManualClock, sealer: Sealing | None = None) -> KeyRing:
     return KeyRing(
         store, clock, rotation_s=ROTATION_S, publish_ahead_s=AHEAD_S, token_ttl_s=TTL_S, sealer=sealer
     )
@@ -116,10 +120,10 @@ async def test_a_store_that_fails_stops_no_signing(caplog: pytest.LogCaptureFixt
     class Failing(MemoryStore):
         down = False
 
-        async def put_signing_key(self, key: object) -> None:
+        async def add_signing_key(self, key: SigningKey, *, after_kid: str) -> bool:
             if self.down:
                 raise DependencyUnavailable("disk full")
-            await super().put_signing_key(key)  # type: ignore[arg-type]
+            return await super().add_signing_key(key, after_kid=after_kid)
 
     store, clock = Failing(), ManualClock()
     ring = ring_of(store, clock)
@@ -145,7 +149,7 @@ async def test_the_set_holds_no_private_part() -> None:
 
 
 class TestAtRest:
-    async def started(self, store: MemoryStore, sealer: Sealer | None) -> str:
+    async def started(self, store: MemoryStore, sealer: Sealing | None) -> str:
         ring = ring_of(store, ManualClock(), sealer)
         try:
             await ring.start()
@@ -178,17 +182,109 @@ class TestAtRest:
         with pytest.raises(StartError, match="another key encryption key"):
             await self.started(store, Sealer(os.urandom(32)))
 
-    def test_the_file(self, tmp_path: Path) -> None:
+    async def test_the_file(self, tmp_path: Path) -> None:
         path = tmp_path / "kek"
         path.write_text(base64.b64encode(os.urandom(32)).decode() + "\n")
         sealer = Sealer.from_file(path)
-        assert sealer.open("kid", sealer.seal("kid", b"private")) == b"private"
+        assert await sealer.open("kid", await sealer.seal("kid", b"private")) == b"private"
         for wrong in ("", "short", base64.b64encode(os.urandom(16)).decode(), "!" * 44):
             path.write_text(wrong)
             with pytest.raises(StartError, match="openssl rand"):
                 Sealer.from_file(path)
         with pytest.raises(StartError, match="cannot be read"):
             Sealer.from_file(tmp_path / "nowhere")
+
+
+class TestMasterKeys:
+    def test_from_the_environment(self) -> None:
+        good = SecretStr(base64.b64encode(os.urandom(32)).decode())
+        assert load(None, good, "MASTER") is not None
+        assert load(None, None, None) is None
+        with pytest.raises(StartError, match=r"MASTER.*is not set"):
+            load(None, None, "MASTER")
+        with pytest.raises(StartError, match=r"MASTER must be 32 bytes.*openssl rand") as caught:
+            load(None, SecretStr("too-short-but-secret"), "MASTER")
+        assert "too-short" not in str(caught.value)
+
+    async def test_an_envelope_keeps_each_key_under_a_key_of_its_own(self) -> None:
+        wrapped: list[bytes] = []
+
+        class Recording(LocalKeys):
+            async def wrap(self, data_key: bytes) -> bytes:
+                wrapped.append(data_key)
+                return await super().wrap(data_key)
+
+        keys: KeyManagement = Recording(os.urandom(32))
+        sealer = EnvelopeSealer(keys)
+        sealed = [await sealer.seal("kid", b"x" * 32) for _ in range(2)]
+        assert len(set(wrapped)) == 2
+        assert all(data_key not in entry for data_key in wrapped for entry in sealed)
+        assert [await sealer.open("kid", entry) for entry in sealed] == [b"x" * 32] * 2
+
+    @pytest.mark.parametrize("envelope", [False, True])
+    async def test_what_was_changed_or_moved_does_not_open(self, envelope: bool) -> None:
+        master = os.urandom(32)
+        sealer: Sealing = EnvelopeSealer(LocalKeys(master)) if envelope else Sealer(master)
+        sealed = await sealer.seal("kid", b"x" * 32)
+        with pytest.raises(DataCorrupt):
+            await sealer.open("other", sealed)
+        for place in range(len(sealed)):
+            changed = bytearray(sealed)
+            changed[place] ^= 1
+            with pytest.raises(DataCorrupt):
+                await sealer.open("kid", bytes(changed))
+        for length in range(len(sealed)):
+            with pytest.raises(DataCorrupt):
+                await sealer.open("kid", sealed[:length])
+
+    async def test_signing_keys_in_envelopes(self) -> None:
+        store, sealer = MemoryStore(), EnvelopeSealer(LocalKeys(os.urandom(32)))
+        kids = []
+        for _ in range(2):
+            ring = ring_of(store, ManualClock(), sealer)
+            await ring.start()
+            kids.append(ring.current()[0])
+            await ring.stop()
+        assert kids[0] == kids[1]
+
+
+class TestSeveralProcesses:
+    async def test_r22_each_publishes_the_next_key_before_any_signs_with_it(self) -> None:
+        store, clock = MemoryStore(), ManualClock()
+        rings = [KeyRing(store, clock, rotation_s=20, publish_ahead_s=8, token_ttl_s=15) for _ in range(3)]
+        await asyncio.gather(*(ring.start() for ring in rings))
+        signed: set[str] = set()
+        for _ in range(400):
+            signing = {ring.current()[0] for ring in rings}
+            assert len(signing) == 1
+            signed |= signing
+            for ring in rings:
+                assert signing <= published(ring)
+            await clock.advance(0.5)
+        assert len(signed) == 10
+        assert len(await store.signing_keys()) <= 4
+        for ring in rings:
+            await ring.stop()
+
+    async def test_they_begin_with_one_key(self) -> None:
+        store, clock = MemoryStore(), ManualClock()
+        rings = [ring_of(store, clock) for _ in range(5)]
+        await asyncio.gather(*(ring.start() for ring in rings))
+        assert len(await store.signing_keys()) == 1
+        assert len({ring.current()[0] for ring in rings}) == 1
+        for ring in rings:
+            await ring.stop()
+
+    async def test_keys_that_vanish_are_kept_in_use(self, caplog: pytest.LogCaptureFixture) -> None:
+        store, clock = MemoryStore(), ManualClock()
+        ring = ring_of(store, clock)
+        await ring.start()
+        kid, _ = ring.current()
+        await store.delete_signing_key(kid)
+        await clock.advance(20)
+        assert ring.current()[0] == kid
+        assert "are gone" in caplog.text
+        await ring.stop()
 
 
 async def test_r32_no_key_is_logged(caplog: pytest.LogCaptureFixture) -> None:
