@@ -16,6 +16,7 @@ from dataclasses import dataclass
 from datetime import datetime
 
 from services.mesh.clock import Clock
+from services.mesh.context import Identity
 from services.mesh.errors import CredentialRevoked
 from services.mesh.policy import RevocationKind
 
@@ -203,6 +204,16 @@ class RevocationList:
             self._refuse(RevocationKind.CLIENT, entry, issued_at_s)
         if (entry := self._tenants.get(tenant_id)) is not None:
             self._refuse(RevocationKind.TENANT, entry, issued_at_s)
+
+    def check_identity(self, identity: Identity) -> None:
+        """As `check`, for what is known of a caller."""
+        self.check(
+            token_id=identity.token_id,
+            key_id=identity.key_id,
+            client_id=identity.client_id,
+            tenant_id=identity.tenant_id,
+            issued_at_s=identity.issued_at_s,
+        )
 
     def _refuse(self, kind: RevocationKind, entry: _Entry, issued_at_s: int) -> None:
         if issued_at_s <= entry.up_to_s and self._clock.now().timestamp() < entry.end_s:

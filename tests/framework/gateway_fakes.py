@@ -11,6 +11,7 @@ from datetime import UTC, datetime, timedelta
 from services.gateway.admission import Admission
 from services.gateway.auditing import AuditTrail, RequestRecord
 from services.gateway.completion import Completions
+from services.gateway.cutting import RunningCredentials
 from services.gateway.generation import (
     Capability,
     Delta,
@@ -35,6 +36,7 @@ from services.mesh.clock import Clock, SystemClock
 from services.mesh.context import Caller, Identity, RequestContext
 from services.mesh.errors import LlmosError, ReplicaLost
 from services.mesh.events import Edge, RequestEnded, RequestStarted
+from services.mesh.revocation import RevocationList
 from services.mesh.running import RunningCalls
 
 MODEL = Model(
@@ -202,6 +204,8 @@ class Bench:
         )
         self.running = RunningCalls(64)
         self.trail = AuditTrail(self.audit, self.clock, lambda: self.running.is_cut())
+        self.revoked = RevocationList(self.clock)
+        self.credentials = RunningCredentials(self.revoked)
         self._next_id = 0
 
     @asynccontextmanager

@@ -50,7 +50,10 @@ def chain_of(bench: Bench, *, max_call_s: float = 30) -> Chain:
         max_call_s=max_call_s,
         adopt_request_id=False,
     )
-    return Chain(chain.links | {"audit": bench.trail.link, "authorise": authorisation.link})
+    return Chain(
+        chain.links
+        | {"audit": bench.trail.link, "revoked": bench.credentials.link, "authorise": authorisation.link}
+    )
 
 
 class HttpBench:
