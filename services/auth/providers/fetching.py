@@ -15,7 +15,6 @@ from urllib.parse import urlsplit
 import httpx
 
 FETCH_TIMEOUT_S = 5.0
-"""For connecting, sending and receiving together."""
 
 
 class FetchError(Exception):
@@ -55,20 +54,22 @@ class Fetcher:
     """Fetches, with a connection for each use: a provider is asked every ten minutes, and nothing that one
     sets, such as a cookie, is there for the next.
 
-    `ca_file`: authorities to trust besides those that httpx brings. Raises OSError where it cannot be read.
+    `ca_file`: authorities to trust besides those that httpx brings. `timeout_s`: for connecting, sending and
+    receiving together. Raises OSError where the file cannot be read.
     """
 
-    def __init__(self, ca_file: Path | None = None) -> None:
+    def __init__(self, ca_file: Path | None = None, *, timeout_s: float = FETCH_TIMEOUT_S) -> None:
+        self._timeout_s = timeout_s
         self._tls: ssl.SSLContext = httpx.create_ssl_context(trust_env=False)
         if ca_file is not None:
             self._tls.load_verify_locations(cafile=ca_file)
 
     async def get(self, url: str, max_bytes: int) -> bytes:
-        """The body of a 200. Ends within `FETCH_TIMEOUT_S`; raises FetchError."""
+        """The body of a 200. Ends within `timeout_s`; raises FetchError."""
         if not is_allowed(url):
             raise FetchError("its address is not https")
         try:
-            async with asyncio.timeout(FETCH_TIMEOUT_S):
+            async with asyncio.timeout(self._timeout_s):
                 return await self._get(url, max_bytes)
         except TimeoutError:
             raise FetchError("it does not answer in time") from None
@@ -78,7 +79,7 @@ class Fetcher:
     async def _get(self, url: str, max_bytes: int) -> bytes:
         # nothing from the environment: a proxy would see, and could choose, whose keys we believe
         client = httpx.AsyncClient(
-            verify=self._tls, trust_env=False, follow_redirects=False, timeout=FETCH_TIMEOUT_S
+            verify=self._tls, trust_env=False, follow_redirects=False, timeout=self._timeout_s
         )
         headers = {"accept": "application/json", "accept-encoding": "identity"}
         async with client, client.stream("GET", url, headers=headers) as response:

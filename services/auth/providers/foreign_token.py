@@ -8,14 +8,12 @@ Every fault is a `CredentialInvalid` that repeats nothing of the token.
 
 from __future__ import annotations
 
-import base64
-import binascii
-import json
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, NoReturn
 
+from services.mesh import compact_jws
 from services.mesh.errors import CredentialInvalid
 
 MAX_TOKEN_CHARS = 16 * 1024
@@ -27,7 +25,6 @@ TYPES = frozenset({"jwt", "at+jwt", "application/at+jwt"})
 """In lower case: `typ` is a media type (RFC 7515, section 4.1.9). A token may also have none. Others, such as
 `logout+jwt` and `dpop+jwt`, are no proof of who sends them."""
 
-_SEGMENT = re.compile(r"[A-Za-z0-9_-]+")
 _KID = re.compile(r"[\x20-\x7e]{1,256}")
 _ISSUER = re.compile(r"[\x21-\x7e]{8,512}")
 
@@ -66,9 +63,7 @@ def parse(text: str) -> ForeignToken:
     header, payload, signature = segments
     if len(header) > MAX_HEADER_CHARS:
         refuse("its header is too long")
-    fields = _parse_object(_decode(header), "header")
-    claims = _parse_object(_decode(payload), "payload")
-    _decode(signature)
+    fields, claims = _read(header, payload, signature)
     algorithm, kid = _check_header(fields)
     issuer = claims.get("iss")
     if not isinstance(issuer, str) or _ISSUER.fullmatch(issuer) is None:
@@ -79,6 +74,19 @@ def parse(text: str) -> ForeignToken:
 def unverified_issuer(text: str) -> str:
     """Whom a token says it is from: good for choosing a provider, no more. Raises CredentialInvalid."""
     return parse(text).issuer
+
+
+def _read(header: str, payload: str, signature: str) -> tuple[dict[str, Any], dict[str, Any]]:
+    """The fields of the header, and the claims."""
+    try:
+        fields = compact_jws.parse_object(compact_jws.decode(header), "header")
+        claims = compact_jws.parse_object(compact_jws.decode(payload), "payload")
+        compact_jws.decode(signature)
+        return fields, claims
+    except compact_jws.Malformed as error:
+        fault = str(error)
+    # refused outside of the handler, so that no part of the token hangs on the error as its context
+    refuse(fault)
 
 
 def _check_header(fields: Mapping[str, Any]) -> tuple[str, str]:
@@ -93,40 +101,3 @@ def _check_header(fields: Mapping[str, Any]) -> tuple[str, str]:
     if not isinstance(kid, str) or _KID.fullmatch(kid) is None:
         refuse("its key id is missing or malformed")
     return algorithm, kid
-
-
-def _decode(segment: str) -> bytes:
-    data: bytes | None = None
-    if _SEGMENT.fullmatch(segment) is not None:
-        try:
-            data = base64.urlsafe_b64decode(segment + "=" * (-len(segment) % 4))
-        except (binascii.Error, ValueError):
-            data = None
-    if data is None:
-        refuse("it is not base64url")
-    # one text per value: unused bits in the last character must be zero
-    if base64.urlsafe_b64encode(data).rstrip(b"=") != segment.encode("ascii"):
-        refuse("it is not canonical base64url")
-    return data
-
-
-def _parse_object(data: bytes, part: str) -> dict[str, Any]:
-    value: Any = None
-    try:
-        value = json.loads(data.decode("utf-8"), object_pairs_hook=_unique, parse_constant=_no_constant)
-    except (ValueError, RecursionError):
-        value = None
-    if not isinstance(value, dict):
-        refuse(f"its {part} is not a JSON object, or names something twice")
-    return value
-
-
-def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    fields = dict(pairs)
-    if len(fields) != len(pairs):
-        raise ValueError("a name occurs twice")
-    return fields
-
-
-def _no_constant(_name: str) -> NoReturn:
-    raise ValueError("NaN and Infinity are not JSON")
