@@ -87,9 +87,14 @@ def role_message(role: Role) -> policy_pb2.Role:
     )
 
 
-def role_of(message: policy_pb2.Role, field: str = "role") -> Role:
-    """Raises RequestInvalid, also where two rules have one id: decisions name a rule by it."""
-    rules = tuple(_rule_of(rule, f"{field}.rules[{index}]") for index, rule in enumerate(message.rules))
+def role_of(message: policy_pb2.Role, field: str = "role", *, check_zones: bool = True) -> Role:
+    """Raises RequestInvalid, also where two rules have one id: decisions name a rule by it.
+
+    `check_zones=False` takes time zones that this machine does not know.
+    """
+    rules = tuple(
+        _rule_of(rule, f"{field}.rules[{index}]", check_zones) for index, rule in enumerate(message.rules)
+    )
     seen: set[str] = set()
     for index, rule in enumerate(rules):
         if rule.rule_id in seen:
@@ -109,20 +114,20 @@ def _rule_message(rule: Rule) -> policy_pb2.Rule:
         id=rule.rule_id,
         effect=policy_pb2.Effect.ValueType(rule.effect),
         scopes=sorted(rule.scopes),
-        condition=None if rule.condition == Condition() else condition_message(rule.condition),
+        condition=None if rule.condition == Condition() else _condition_message(rule.condition),
     )
 
 
-def _rule_of(message: policy_pb2.Rule, field: str) -> Rule:
+def _rule_of(message: policy_pb2.Rule, field: str, check_zones: bool) -> Rule:
     return Rule(
         rule_id=message.id,
         effect=_member(Effect, message.effect, f"{field}.effect"),
         scopes=frozenset(message.scopes),
-        condition=condition_of(message.condition, f"{field}.condition"),
+        condition=_condition_of(message.condition, f"{field}.condition", check_zones),
     )
 
 
-def condition_message(condition: Condition) -> policy_pb2.Condition:
+def _condition_message(condition: Condition) -> policy_pb2.Condition:
     return policy_pb2.Condition(
         models=condition.models,
         tasks=condition.tasks,
@@ -133,13 +138,16 @@ def condition_message(condition: Condition) -> policy_pb2.Condition:
     )
 
 
-def condition_of(message: policy_pb2.Condition, field: str = "condition") -> Condition:
-    """Raises RequestInvalid."""
+def _condition_of(message: policy_pb2.Condition, field: str, check_zones: bool) -> Condition:
+    times = (
+        _window_of(window, f"{field}.times[{index}]", check_zones)
+        for index, window in enumerate(message.times)
+    )
     return Condition(
         models=tuple(message.models),
         tasks=tuple(message.tasks),
         addresses=networks_of(message.addresses, f"{field}.addresses"),
-        times=tuple(_window_of(window, f"{field}.times[{i}]") for i, window in enumerate(message.times)),
+        times=tuple(times),
         max_tokens=message.max_tokens,
         labels=dict(message.labels),
     )
@@ -154,7 +162,7 @@ def _window_message(window: TimeWindow) -> policy_pb2.TimeWindow:
     )
 
 
-def _window_of(message: policy_pb2.TimeWindow, field: str) -> TimeWindow:
+def _window_of(message: policy_pb2.TimeWindow, field: str, check_zones: bool) -> TimeWindow:
     start = _minute(message.start, f"{field}.start")
     end = _minute(message.end, f"{field}.end")
     if start == 1440:
@@ -164,7 +172,7 @@ def _window_of(message: policy_pb2.TimeWindow, field: str) -> TimeWindow:
         _refuse(f"{field}.end", "must not be the same as `start`; a whole day is `00:00` to `24:00`")
     if any(not 1 <= day <= 7 for day in message.days) or len(set(message.days)) != len(message.days):
         _refuse(f"{field}.days", "must be different numbers from 1, Monday, to 7, Sunday")
-    if message.time_zone:
+    if message.time_zone and check_zones:
         _check_zone(message.time_zone, f"{field}.time_zone")
     return TimeWindow(tuple(message.days), start, end, message.time_zone)
 
@@ -264,9 +272,11 @@ def document_message(document: PolicyDocument) -> policy_pb2.PolicyDocument:
 
 
 def document_of(message: policy_pb2.PolicyDocument, field: str = "policy") -> PolicyDocument:
-    """Raises RequestInvalid."""
+    """Raises RequestInvalid. Time zones are not checked: auth has done so, and a whole policy must not fail
+    since two machines know different zones."""
+    roles = (role_of(role, f"{field}.roles[{i}]", check_zones=False) for i, role in enumerate(message.roles))
     return PolicyDocument(
-        roles=tuple(role_of(role, f"{field}.roles[{i}]") for i, role in enumerate(message.roles)),
+        roles=tuple(roles),
         address_rules=tuple(
             address_rule_of(rule, f"{field}.address_rules[{i}]")
             for i, rule in enumerate(message.address_rules)
