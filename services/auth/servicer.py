@@ -1,25 +1,18 @@
-"""The gRPC methods: messages in, our own types through, messages out."""
+"""The gRPC methods of tokens: messages in, our own types through, messages out."""
 
 from __future__ import annotations
 
-from datetime import UTC, datetime
 from typing import Any
 
-from google.protobuf.timestamp_pb2 import Timestamp
-from llmos.auth.v1 import (
-    admin_service_pb2,
-    admin_service_pb2_grpc,
-    token_service_pb2,
-    token_service_pb2_grpc,
-)
+from llmos.auth.v1 import token_service_pb2, token_service_pb2_grpc
 from llmos.common.v1 import identity_pb2
 
-from services.auth.admin import Administration
-from services.auth.exchange import Exchange
+from services.auth.exchange import Exchange, SubjectKind
+from services.auth.introspection import ClientProof, Introspection
 from services.auth.signing import KeyRing
 from services.mesh.access_token import Audience
-from services.mesh.errors import RequestInvalid, Violation
-from services.mesh.tokens import IssuedToken
+from services.mesh.context import Identity
+from services.mesh.service_tokens import IssuedToken
 
 _AUDIENCES = {
     token_service_pb2.AUDIENCE_GATEWAY: Audience.GATEWAY,
@@ -27,36 +20,91 @@ _AUDIENCES = {
     token_service_pb2.AUDIENCE_INFERENCE: Audience.INFERENCE,
     token_service_pb2.AUDIENCE_LOGGING: Audience.LOGGING,
 }
+_SUBJECTS = {
+    token_service_pb2.SUBJECT_TOKEN_TYPE_API_KEY: SubjectKind.API_KEY,
+    token_service_pb2.SUBJECT_TOKEN_TYPE_ACCESS_TOKEN: SubjectKind.ACCESS_TOKEN,
+    token_service_pb2.SUBJECT_TOKEN_TYPE_JWT: SubjectKind.JWT,
+}
 
 
 class TokenServicer(token_service_pb2_grpc.TokenServiceServicer):
     """llmos.auth.v1.TokenService"""
 
-    def __init__(self, exchange: Exchange, ring: KeyRing) -> None:
+    def __init__(self, exchange: Exchange, introspection: Introspection, ring: KeyRing, issuer: str) -> None:
         self._exchange = exchange
+        self._introspection = introspection
         self._ring = ring
+        self._issuer = issuer
 
     async def IssueToken(
         self, request: token_service_pb2.IssueTokenRequest, context: Any
     ) -> token_service_pb2.IssueTokenResponse:
-        token, scopes = await self._exchange.by_secret(
-            request.client_id, request.client_secret, _AUDIENCES[request.audience], request.scopes
+        signed = await self._exchange.by_secret(
+            request.client_id,
+            request.client_secret,
+            _AUDIENCES[request.audience],
+            request.scopes,
+            assertion=request.client_assertion,
         )
-        return token_service_pb2.IssueTokenResponse(access_token=_access_token(token), scopes=sorted(scopes))
+        return token_service_pb2.IssueTokenResponse(
+            access_token=_access_token(signed),
+            scopes=sorted(signed.scopes),
+            identity=_identity(signed.identity),
+        )
+
+    async def ExchangeToken(
+        self, request: token_service_pb2.ExchangeTokenRequest, context: Any
+    ) -> token_service_pb2.ExchangeTokenResponse:
+        signed = await self._exchange.exchange(
+            request.subject_token,
+            _SUBJECTS[request.subject_token_type],
+            _AUDIENCES[request.audience],
+            request.scopes,
+        )
+        return token_service_pb2.ExchangeTokenResponse(
+            access_token=_access_token(signed),
+            scopes=sorted(signed.scopes),
+            identity=_identity(signed.identity),
+        )
 
     async def VerifyApiKey(
         self, request: token_service_pb2.VerifyApiKeyRequest, context: Any
     ) -> token_service_pb2.VerifyApiKeyResponse:
-        token, identity = await self._exchange.by_api_key(request.api_key)
+        signed = await self._exchange.by_api_key(request.api_key)
         return token_service_pb2.VerifyApiKeyResponse(
-            access_token=_access_token(token),
-            identity=identity_pb2.Identity(
-                tenant_id=identity.tenant_id,
-                client_id=identity.client_id,
-                key_id=identity.key_id,
-                scopes=sorted(identity.scopes),
-            ),
+            access_token=_access_token(signed), identity=_identity(signed.identity)
         )
+
+    async def IntrospectToken(
+        self, request: token_service_pb2.IntrospectTokenRequest, context: Any
+    ) -> token_service_pb2.IntrospectTokenResponse:
+        found = await self._introspection.introspect(_proof(request.client), request.token)
+        asked_by = _identity(found.asked_by)
+        token = found.token
+        if token is None:
+            return token_service_pb2.IntrospectTokenResponse(asked_by=asked_by)
+        response = token_service_pb2.IntrospectTokenResponse(
+            active=True,
+            issuer=self._issuer,
+            audience=token.audience,
+            subject=token.subject,
+            client_id=token.client_id,
+            tenant_id=token.tenant_id,
+            key_id=token.key_id,
+            scopes=sorted(token.scopes),
+            roles=sorted(token.roles),
+            token_id=token.token_id,
+            asked_by=asked_by,
+        )
+        response.issue_time.seconds = token.issued_at_s
+        response.expire_time.FromDatetime(token.expires_at)
+        return response
+
+    async def RevokeToken(
+        self, request: token_service_pb2.RevokeTokenRequest, context: Any
+    ) -> token_service_pb2.RevokeTokenResponse:
+        asked_by = await self._introspection.revoke(_proof(request.client), request.token)
+        return token_service_pb2.RevokeTokenResponse(asked_by=_identity(asked_by))
 
     async def GetJwks(
         self, request: token_service_pb2.GetJwksRequest, context: Any
@@ -64,32 +112,8 @@ class TokenServicer(token_service_pb2_grpc.TokenServiceServicer):
         return token_service_pb2.GetJwksResponse(jwks_json=self._ring.jwks_json())
 
 
-class AdminServicer(admin_service_pb2_grpc.AdminServiceServicer):
-    """llmos.auth.v1.AdminService"""
-
-    def __init__(self, administration: Administration) -> None:
-        self._administration = administration
-
-    async def CreateTenant(
-        self, request: admin_service_pb2.CreateTenantRequest, context: Any
-    ) -> admin_service_pb2.CreateTenantResponse:
-        await self._administration.create_tenant(request.tenant_id)
-        return admin_service_pb2.CreateTenantResponse()
-
-    async def CreateClient(
-        self, request: admin_service_pb2.CreateClientRequest, context: Any
-    ) -> admin_service_pb2.CreateClientResponse:
-        secret = await self._administration.create_client(
-            request.tenant_id, request.client_id, request.scopes
-        )
-        return admin_service_pb2.CreateClientResponse(client_secret=secret)
-
-    async def CreateApiKey(
-        self, request: admin_service_pb2.CreateApiKeyRequest, context: Any
-    ) -> admin_service_pb2.CreateApiKeyResponse:
-        expires_at = _moment(request.expire_time) if request.HasField("expire_time") else None
-        key, key_id = await self._administration.create_api_key(request.client_id, request.scopes, expires_at)
-        return admin_service_pb2.CreateApiKeyResponse(api_key=key, key_id=key_id)
+def _proof(client: token_service_pb2.ClientCredential) -> ClientProof:
+    return ClientProof(client.client_id, client.client_secret, client.client_assertion)
 
 
 def _access_token(issued: IssuedToken) -> token_service_pb2.AccessToken:
@@ -98,10 +122,18 @@ def _access_token(issued: IssuedToken) -> token_service_pb2.AccessToken:
     return message
 
 
-def _moment(timestamp: Timestamp) -> datetime:
-    try:
-        return timestamp.ToDatetime(tzinfo=UTC)
-    except (ValueError, OverflowError):
-        raise RequestInvalid(
-            "The time is out of range.", violations=[Violation("expire_time", "must be a date")]
-        ) from None
+def _identity(identity: Identity | None) -> identity_pb2.Identity | None:
+    """None, so that the field stays unset, for a service's own token."""
+    if identity is None:
+        return None
+    message = identity_pb2.Identity(
+        tenant_id=identity.tenant_id,
+        client_id=identity.client_id,
+        key_id=identity.key_id,
+        scopes=sorted(identity.scopes),
+        roles=sorted(identity.roles),
+        token_id=identity.token_id,
+    )
+    if identity.issued_at_s:
+        message.issue_time.seconds = identity.issued_at_s
+    return message

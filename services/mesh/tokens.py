@@ -10,7 +10,7 @@ from __future__ import annotations
 import contextlib
 import hashlib
 from collections import OrderedDict
-from collections.abc import Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from typing import Protocol
@@ -77,6 +77,7 @@ class VerifiedToken:
     key_id: str
     """Empty where no API key was used."""
     scopes: frozenset[str]
+    audience: str
     issued_at_s: int
     """In seconds since the epoch."""
     expires_at: datetime
@@ -126,7 +127,7 @@ class _Cached:
 
 
 class Verifier:
-    """Verifies tokens for one audience, remembering what it has verified.
+    """Verifies tokens for one audience, or for several, remembering what it has verified.
 
     The memory is keyed by a SHA-256 of the whole token, bounded by `cache_max_entries` (least recently
     used go first), and ends with the token or with the publication of its key.
@@ -137,7 +138,7 @@ class Verifier:
         jwks: KeySource,
         *,
         issuer: str,
-        audience: str,
+        audience: str | Collection[str],
         clock: Clock,
         cache_max_entries: int = 10_000,
         leeway_s: float = LEEWAY_S,
@@ -146,7 +147,7 @@ class Verifier:
         """`revoked` is asked for every token, remembered or not; None: none is ever revoked."""
         self._jwks = jwks
         self._issuer = issuer
-        self._audience = audience
+        self._audiences = frozenset({audience} if isinstance(audience, str) else audience)
         self._clock = clock
         self._cache: OrderedDict[bytes, _Cached] = OrderedDict()
         self._cache_max_entries = cache_max_entries
@@ -184,6 +185,7 @@ class Verifier:
             tenant_id=claims.tenant_id,
             key_id=claims.key_id,
             scopes=claims.scopes,
+            audience=claims.audience,
             issued_at_s=claims.issued_at,
             expires_at=datetime.fromtimestamp(claims.expires_at, UTC),
             token_id=claims.token_id,
@@ -211,7 +213,7 @@ class Verifier:
         now_s = self._clock.now().timestamp()
         if claims.issuer != self._issuer:
             refuse("it is from another issuer")
-        if claims.audience != self._audience:
+        if claims.audience not in self._audiences:
             refuse("it is for another audience")
         if not 0 < claims.expires_at - claims.issued_at <= MAX_LIFETIME_S:
             refuse("its lifetime is not allowed")
@@ -277,12 +279,18 @@ def asserted_identity(metadata: Mapping[str, str | bytes], verified: VerifiedTok
 class ServiceAuthenticator:
     """The authenticator of a service that only services call."""
 
-    def __init__(self, verifier: Verifier) -> None:
+    def __init__(self, verifier: Verifier, revoked: Callable[[Identity], None] | None = None) -> None:
+        """`revoked` is asked for each asserted identity, and raises CredentialRevoked; None: none ever is."""
         self._verifier = verifier
+        self._revoked = revoked
 
     async def __call__(self, method: str, metadata: Mapping[str, str | bytes], source_address: str) -> Caller:
-        """Who calls. Raises what `bearer` and `Verifier.verify` raise, and PolicyDenied for non-services."""
+        """Who calls. Raises what `bearer` and `Verifier.verify` raise, CredentialRevoked where the caller's
+        credential was revoked, and PolicyDenied for non-services."""
         verified = await self._verifier.verify(bearer(metadata))
         if not verified.is_service:
             raise PolicyDenied("This service answers other services only; call the gateway.")
-        return Caller(asserted_identity(metadata, verified), verified.subject)
+        identity = asserted_identity(metadata, verified)
+        if identity is not None and self._revoked is not None:
+            self._revoked(identity)
+        return Caller(identity, verified.subject)

@@ -2,24 +2,46 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import AsyncIterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
+from typing import Any
 
 import pytest
 
 from services.auth import keys
 from services.auth.access import AccessControl
-from services.auth.admin import Administration
+from services.auth.assertions import Assertions
 from services.auth.exchange import Exchange
+from services.auth.introspection import Introspection
+from services.auth.last_use import LastUse
+from services.auth.own_tokens import OwnTokens
 from services.auth.policy import SERVICES
+from services.auth.proof import Proofs
+from services.auth.providers.provider_tokens import ProvenPerson
 from services.auth.signing import KeyRing
+from services.auth.store import ApiKey, Batch, Client, Kind, Put, Resource, Tenant
 from services.auth.stores.memory import MemoryStore
 from services.auth.tokens import TokenIssuer
 from services.mesh.clock import ManualClock
+from services.mesh.errors import CredentialInvalid
 from services.mesh.tokens import Audience, VerifiedToken, Verifier
 
 ISSUER = "https://auth.example"
+TOKEN_ENDPOINT = "https://api.example/oauth2/token"
 SERVICE_SECRETS = {f"service:{name}": f"secret-of-{name}-".ljust(40, "x") for name in SERVICES}
+
+
+class Providers:
+    """Corporate identity providers: whoever is in `people`, by token."""
+
+    def __init__(self) -> None:
+        self.people: dict[str, ProvenPerson] = {}
+
+    async def verify(self, token: str) -> ProvenPerson:
+        if token not in self.people:
+            raise CredentialInvalid("nobody knows this token")
+        return self.people[token]
 
 
 @dataclass
@@ -29,13 +51,48 @@ class Auth:
     clock: ManualClock
     store: MemoryStore
     ring: KeyRing
+    issuer: TokenIssuer
     exchange: Exchange
-    administration: Administration
+    introspection: Introspection
     access: AccessControl
+    last_use: LastUse
+    providers: Providers
+    _numbers: itertools.count[int] = field(default_factory=itertools.count)
 
     async def verify(self, token: str, audience: Audience = Audience.GATEWAY) -> VerifiedToken:
         """As the service of that audience would, with an empty memory."""
         return await Verifier(self.ring, issuer=ISSUER, audience=audience, clock=self.clock).verify(token)
+
+    async def put(self, *resources: Resource, create: bool = True) -> None:
+        """Makes resources, or with `create=False` replaces them."""
+        writes = [Put(resource, create=create) for resource in resources]
+        await self.store.commit(Batch(at=self.clock.now(), actor="acme/root", writes=writes))
+
+    async def tenant(self, tenant_id: str = "acme", **fields: Any) -> Tenant:
+        tenant = Tenant(tenant_id, **fields)
+        await self.put(tenant)
+        return tenant
+
+    async def client(self, client_id: str = "app", tenant_id: str = "acme", **fields: Any) -> str:
+        """Makes a client, and returns its secret."""
+        secret = keys.new_client_secret()
+        fields = {"scopes": frozenset({"generate", "models.read"})} | fields
+        await self.put(Client(client_id, tenant_id, secret_digest=keys.digest(secret), **fields))
+        return secret
+
+    async def key(self, client_id: str = "app", **fields: Any) -> str:
+        """Makes an API key, and returns its text. Its id is `key_` and a number, from 0."""
+        text = keys.new_api_key()
+        parsed = keys.parse_api_key(text)
+        key_id = f"key_{next(self._numbers)}"
+        await self.put(ApiKey(key_id, client_id, parsed.prefix, parsed.digest, **fields))
+        return text
+
+    async def change(self, kind: Kind, resource_id: str, **fields: Any) -> None:
+        """Changes fields of a resource."""
+        stored = await self.store.get(kind, resource_id)
+        assert stored is not None
+        await self.put(replace(stored.resource, **fields), create=False)  # type: ignore[type-var]
 
 
 @pytest.fixture
@@ -46,12 +103,20 @@ async def auth() -> AsyncIterator[Auth]:
     issuer = TokenIssuer(ring, clock, issuer=ISSUER, ttl_s=300)
     digests = {name: keys.digest(secret) for name, secret in SERVICE_SECRETS.items()}
     verifier = Verifier(ring, issuer=ISSUER, audience=Audience.AUTH, clock=clock)
+    last_use, providers = LastUse(store, clock), Providers()
+    assertions = Assertions(store, clock, audiences=frozenset({ISSUER, TOKEN_ENDPOINT}))
+    proofs = Proofs(store, clock, assertions, last_use, digests)
+    tokens = OwnTokens(store, ring, clock, issuer=ISSUER)
+    exchange = Exchange(store, proofs, tokens, issuer, clock, providers)
     yield Auth(
-        clock,
-        store,
-        ring,
-        Exchange(store, issuer, clock, digests),
-        Administration(store, clock),
-        AccessControl(verifier),
+        clock=clock,
+        store=store,
+        ring=ring,
+        issuer=issuer,
+        exchange=exchange,
+        introspection=Introspection(store, proofs, tokens, exchange, clock),
+        access=AccessControl(verifier),
+        last_use=last_use,
+        providers=providers,
     )
     await ring.stop()

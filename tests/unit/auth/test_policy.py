@@ -9,14 +9,17 @@ import pytest
 from services.auth import policy
 from services.mesh.access_token import Audience
 from services.mesh.errors import LlmosError, PolicyDenied, RequestInvalid, ScopeMissing
+from services.mesh.policy import BUILT_IN_ROLES, SCOPES, Condition, Effect, Role, Rule
 
-ALL = frozenset(policy.SCOPES)
+ALL = frozenset(SCOPES)
 USER = frozenset({"generate", "models.read"})
 
 ALLOWED = {
     ("app", Audience.GATEWAY),
     ("admin", Audience.GATEWAY),
     ("admin", Audience.AUTH),
+    ("tenant-admin", Audience.GATEWAY),
+    ("tenant-admin", Audience.AUTH),
     ("service:gateway", Audience.AUTH),
     ("service:gateway", Audience.INFERENCE),
     ("service:gateway", Audience.LOGGING),
@@ -25,7 +28,7 @@ ALLOWED = {
     ("service:inference", Audience.LOGGING),
     ("service:logging", Audience.AUTH),
 }
-CLIENTS = {"app": USER, "admin": ALL} | {
+CLIENTS = {"app": USER, "admin": ALL, "tenant-admin": ALL - {"admin"}} | {
     f"service:{name}": frozenset[str]() for name in (*policy.SERVICES, "stranger")
 }
 
@@ -69,3 +72,19 @@ def test_a_scope_that_does_not_exist_is_named() -> None:
 def test_a_service_holds_no_scopes() -> None:
     with pytest.raises(ScopeMissing):
         policy.granted("service:gateway", frozenset(), Audience.AUTH, ["admin"])
+
+
+def test_what_roles_can_reach() -> None:
+    def role(effect: Effect, *scopes: str) -> Role:
+        return Role("r", rules=(Rule("x", effect, frozenset(scopes), Condition(max_tokens=1)),))
+
+    assert policy.reachable(frozenset(), []) == frozenset()
+    assert policy.reachable(frozenset({"generate"}), [role(Effect.ALLOW, "audit.read")]) == {
+        "generate",
+        "audit.read",
+    }
+    assert policy.reachable(frozenset(), [role(Effect.ALLOW, "*")]) == ALL
+    assert policy.reachable(frozenset(), [role(Effect.DENY, "*")]) == frozenset()
+    assert policy.reachable(frozenset({"no.longer"}), [role(Effect.ALLOW, "nor.this")]) == frozenset()
+    for built_in in BUILT_IN_ROLES:
+        assert policy.reachable(frozenset(), [built_in]) == built_in.scopes
