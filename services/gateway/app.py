@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Awaitable, Callable
-from typing import Any
 
 from google.protobuf.descriptor import ServiceDescriptor
 from llmos.gateway.v1 import (
@@ -27,6 +25,7 @@ from services.gateway.auditing import AuditTrail
 from services.gateway.authentication import GatewayAuthenticator
 from services.gateway.clients import GrpcAuditLog, GrpcAuth, GrpcInference
 from services.gateway.completion import Completions
+from services.gateway.cutting import RunningCredentials
 from services.gateway.http import HttpEdge
 from services.gateway.http_server import HttpLimits, HttpServer
 from services.gateway.keys import KeyRing
@@ -35,8 +34,8 @@ from services.gateway.routing import Replica, Router
 from services.gateway.servicer import AuditServicer, GenerationServicer, ModelServicer, pending
 from services.gateway.settings import GatewaySettings
 from services.gateway.telemetry import Instruments
-from services.mesh.app import App, StartError
-from services.mesh.auth_client import GrpcJwks, GrpcServiceTokens
+from services.mesh.app import App, Closing
+from services.mesh.auth_client import GrpcJwks, own_tokens
 from services.mesh.channel import Channel
 from services.mesh.clock import Clock
 from services.mesh.health import Health
@@ -44,28 +43,18 @@ from services.mesh.interceptors import Chain, server_chain
 from services.mesh.jwks import KEYS, FirstKeys, JwksCache
 from services.mesh.kafka import KafkaPublisher, audit_topic
 from services.mesh.relay import Relay
+from services.mesh.revocation import RevocationList
 from services.mesh.running import RunningCalls
 from services.mesh.server import GrpcServer
 from services.mesh.spool import Spool
 from services.mesh.tls import TlsFiles
-from services.mesh.tokens import Audience, ServiceTokens, Verifier
+from services.mesh.tokens import Audience, Verifier
+from services.mesh.watch_client import GrpcWatches
+from services.mesh.watching import POLICY, REVOCATIONS, PolicySource, watch_policy, watch_revocations
 from services.mesh.watermark_client import GrpcWatermarks
 
 FIRST_REPLICA = "first replica"
 FIRST_REPLICA_WAIT_S = 10.0
-
-
-class _Closing:
-    """What only has to be closed, as a component."""
-
-    def __init__(self, close: Callable[[], Awaitable[Any]]) -> None:
-        self._close = close
-
-    async def start(self) -> None:
-        """Nothing to do."""
-
-    async def stop(self) -> None:
-        await self._close()
 
 
 class _FirstReplica:
@@ -102,15 +91,12 @@ class _FirstReplica:
 async def build(settings: GatewaySettings, clock: Clock) -> App:
     """Puts the gateway together; nothing runs yet. Raises StartError where its secret is missing."""
     tls = TlsFiles.of(settings)
-    health = Health(parts=[KEYS, FIRST_REPLICA])
+    health = Health(parts=[KEYS, REVOCATIONS, POLICY, FIRST_REPLICA])
     running = RunningCalls(settings.max_concurrent_calls)
 
     # To the other services: this service's own tokens, and what is reached with them.
     anonymous = Channel(settings.auth_target, clock=clock, tls=tls)
-    secret = _secret(settings)
-    tokens = ServiceTokens(
-        GrpcServiceTokens(anonymous, client_id="service:gateway", client_secret=secret), clock
-    )
+    tokens = own_tokens(settings, anonymous, clock)
 
     def channel(target: str, audience: Audience) -> Channel:
         max_bytes = settings.max_message_bytes
@@ -136,6 +122,11 @@ async def build(settings: GatewaySettings, clock: Clock) -> App:
     relay = Relay(spool, publisher, GrpcWatermarks(log), clock)
     trail = AuditTrail(spool, clock, running.is_cut)
 
+    # What auth tells: whom not to let in, and by which rules.
+    watches = GrpcWatches(auth)
+    revoked, policy = RevocationList(clock), PolicySource()
+    credentials = RunningCredentials(revoked)
+
     # Who comes in.
     jwks = JwksCache(GrpcJwks(anonymous), clock)
     verifier = Verifier(
@@ -144,6 +135,7 @@ async def build(settings: GatewaySettings, clock: Clock) -> App:
         audience=Audience.GATEWAY,
         clock=clock,
         cache_max_entries=settings.token_cache_max_entries,
+        revoked=revoked.check,
     )
     keys = KeyRing(
         GrpcAuth(auth),
@@ -159,7 +151,9 @@ async def build(settings: GatewaySettings, clock: Clock) -> App:
         max_call_s=settings.max_call_s,
         adopt_request_id=False,
     ).links
-    chain = Chain({**links, "audit": trail.link, "authorise": authorisation.link})
+    chain = Chain(
+        {**links, "audit": trail.link, "revoked": credentials.link, "authorise": authorisation.link}
+    )
 
     # What is done for them.
     router = Router(
@@ -232,12 +226,14 @@ async def build(settings: GatewaySettings, clock: Clock) -> App:
             auth,
             log,
             *inference,
-            _Closing(tokens.close),
+            Closing(tokens.close),
             FirstKeys(jwks, health, clock),
+            watch_revocations(watches.revocations, revoked, health=health, clock=clock),
+            watch_policy(watches.policy, policy, health=health, clock=clock),
             spool,
             relay,
             trail,
-            _Closing(keys.close),
+            Closing(keys.close),
             router,
             _FirstReplica(router, health, clock),
         ),
@@ -274,15 +270,3 @@ async def add_pending(server: GrpcServer) -> None:
 
 def _methods(service: ServiceDescriptor) -> list[tuple[str, bool]]:
     return [(method.name, method.server_streaming) for method in service.methods]
-
-
-def _secret(settings: GatewaySettings) -> str:
-    try:
-        secret = settings.service_secret_file.read_text().strip()
-    except OSError as error:
-        raise StartError(
-            f"this service's secret cannot be read: {settings.service_secret_file}: {error.strerror}"
-        ) from None
-    if not secret:
-        raise StartError(f"this service's secret is empty: {settings.service_secret_file}")
-    return secret

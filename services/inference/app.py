@@ -15,17 +15,20 @@ from services.inference.engine.watchdog import Timeouts
 from services.inference.servicer import FleetServicer, InferenceServicer
 from services.inference.settings import InferenceSettings, child_environment
 from services.inference.telemetry import MeasuredEngine, StepInstruments
-from services.mesh.app import App
-from services.mesh.auth_client import GrpcJwks
+from services.mesh.app import App, Closing
+from services.mesh.auth_client import GrpcJwks, own_tokens
 from services.mesh.channel import Channel
 from services.mesh.clock import Clock
 from services.mesh.health import Health
 from services.mesh.interceptors import server_chain
 from services.mesh.jwks import KEYS, FirstKeys, JwksCache
+from services.mesh.revocation import RevocationList
 from services.mesh.running import RunningCalls
 from services.mesh.server import GrpcServer
 from services.mesh.tls import TlsFiles
 from services.mesh.tokens import Audience, ServiceAuthenticator, Verifier
+from services.mesh.watch_client import GrpcWatches
+from services.mesh.watching import REVOCATIONS, watch_revocations
 
 ENGINE = "engine"
 
@@ -101,17 +104,23 @@ def build_engine(settings: InferenceSettings, clock: Clock) -> Engine:
 
 async def build(settings: InferenceSettings, clock: Clock) -> App:
     """Puts the service together."""
-    auth = Channel(settings.auth_target, clock=clock, tls=TlsFiles.of(settings))
-    jwks = JwksCache(GrpcJwks(auth), clock)
-    verifier = Verifier(jwks, issuer=settings.issuer, audience=Audience.INFERENCE, clock=clock)
+    tls = TlsFiles.of(settings)
+    anonymous = Channel(settings.auth_target, clock=clock, tls=tls)
+    tokens = own_tokens(settings, anonymous, clock)
+    auth = Channel(settings.auth_target, clock=clock, tls=tls, tokens=tokens, audience=Audience.AUTH)
+    jwks = JwksCache(GrpcJwks(anonymous), clock)
+    revoked = RevocationList(clock)
+    verifier = Verifier(
+        jwks, issuer=settings.issuer, audience=Audience.INFERENCE, clock=clock, revoked=revoked.check
+    )
     engine = MeasuredEngine(build_engine(settings, clock), clock)
 
     running = RunningCalls(settings.max_concurrent_calls)
-    health = Health(parts=[ENGINE, KEYS])
+    health = Health(parts=[ENGINE, KEYS, REVOCATIONS])
     chain = server_chain(
         clock=clock,
         running=running,
-        authenticator=GatewayOnly(ServiceAuthenticator(verifier)),
+        authenticator=GatewayOnly(ServiceAuthenticator(verifier, revoked.check_identity)),
         watch_methods=WATCHES,
         max_call_s=settings.max_call_s,
         adopt_request_id=True,
@@ -132,5 +141,13 @@ async def build(settings: InferenceSettings, clock: Clock) -> App:
         clock=clock,
         health=health,
         server=server,
-        components=(auth, FirstKeys(jwks, health, clock), engine, _EngineHealth(engine, health)),
+        components=(
+            anonymous,
+            auth,
+            Closing(tokens.close),
+            FirstKeys(jwks, health, clock),
+            watch_revocations(GrpcWatches(auth).revocations, revoked, health=health, clock=clock),
+            engine,
+            _EngineHealth(engine, health),
+        ),
     )

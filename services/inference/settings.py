@@ -30,7 +30,7 @@ class InferenceSettings(ServiceSettings):
     metrics_port: Port = 51052
     state_dir: Path = Path(".state/inference")
     service_secret_file: Path = Path()
-    """Not read: this service calls nobody but auth, for its public keys."""
+    """This service's own client secret; whatever serves needs one."""
 
     backend: Literal["embedded", "echo"] = "embedded"
     """`embedded` runs a model in a child process; `echo` says the prompt's words again, for tests."""

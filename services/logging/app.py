@@ -11,18 +11,21 @@ from services.logging.consumer import AuditConsumer
 from services.logging.servicer import AuditServicer, WatermarkServicer
 from services.logging.settings import LoggingSettings
 from services.logging.stores.sqlite import SqliteStore
-from services.mesh.app import App
-from services.mesh.auth_client import GrpcJwks
+from services.mesh.app import App, Closing
+from services.mesh.auth_client import GrpcJwks, own_tokens
 from services.mesh.channel import Channel
 from services.mesh.clock import Clock
 from services.mesh.health import Health
 from services.mesh.interceptors import server_chain
 from services.mesh.jwks import KEYS, FirstKeys, JwksCache
 from services.mesh.kafka import KafkaSource, audit_topic
+from services.mesh.revocation import RevocationList
 from services.mesh.running import RunningCalls
 from services.mesh.server import GrpcServer
 from services.mesh.tls import TlsFiles
 from services.mesh.tokens import Audience, ServiceAuthenticator, Verifier
+from services.mesh.watch_client import GrpcWatches
+from services.mesh.watching import REVOCATIONS, watch_revocations
 
 CONSUMER = "consumer"
 GROUP = "llmos-logging"
@@ -30,11 +33,17 @@ GROUP = "llmos-logging"
 
 async def build(settings: LoggingSettings, clock: Clock) -> App:
     """Puts the service together."""
-    auth = Channel(settings.auth_target, clock=clock, tls=TlsFiles.of(settings))
-    jwks = JwksCache(GrpcJwks(auth), clock)
-    verifier = Verifier(jwks, issuer=settings.issuer, audience=Audience.LOGGING, clock=clock)
+    tls = TlsFiles.of(settings)
+    anonymous = Channel(settings.auth_target, clock=clock, tls=tls)
+    tokens = own_tokens(settings, anonymous, clock)
+    auth = Channel(settings.auth_target, clock=clock, tls=tls, tokens=tokens, audience=Audience.AUTH)
+    jwks = JwksCache(GrpcJwks(anonymous), clock)
+    revoked = RevocationList(clock)
+    verifier = Verifier(
+        jwks, issuer=settings.issuer, audience=Audience.LOGGING, clock=clock, revoked=revoked.check
+    )
 
-    health = Health(parts=[CONSUMER, KEYS])
+    health = Health(parts=[CONSUMER, KEYS, REVOCATIONS])
     store = SqliteStore(settings.db_path)
     log = AuditLog(store, clock, fence_after_s=settings.fence_after_s, max_tails=settings.max_tails)
     topic = audit_topic(settings)
@@ -52,7 +61,7 @@ async def build(settings: LoggingSettings, clock: Clock) -> App:
     chain = server_chain(
         clock=clock,
         running=running,
-        authenticator=ServiceAuthenticator(verifier),
+        authenticator=ServiceAuthenticator(verifier, revoked.check_identity),
         watch_methods=frozenset({"/llmos.logging.v1.AuditService/Tail"}),
         max_call_s=settings.max_call_s,
         adopt_request_id=True,
@@ -73,5 +82,13 @@ async def build(settings: LoggingSettings, clock: Clock) -> App:
         clock=clock,
         health=health,
         server=server,
-        components=(auth, FirstKeys(jwks, health, clock), store, consumer),
+        components=(
+            anonymous,
+            auth,
+            Closing(tokens.close),
+            FirstKeys(jwks, health, clock),
+            watch_revocations(GrpcWatches(auth).revocations, revoked, health=health, clock=clock),
+            store,
+            consumer,
+        ),
     )

@@ -50,6 +50,19 @@ class Component(Protocol):
         """Must end in bounded time, whatever the state of the world."""
 
 
+class Closing:
+    """What only has to be closed, as a component."""
+
+    def __init__(self, close: Callable[[], Awaitable[Any]]) -> None:
+        self._close = close
+
+    async def start(self) -> None:
+        """Nothing to do."""
+
+    async def stop(self) -> None:
+        await self._close()
+
+
 class Edge(Protocol):
     """A listener besides gRPC, such as HTTP."""
 
