@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import AsyncIterator
+from contextlib import aclosing
 from typing import Any
 
 from llmos.auth.v1 import token_service_pb2, token_service_pb2_grpc
@@ -10,8 +12,12 @@ from llmos.common.v1 import identity_pb2
 from services.auth.exchange import Exchange, SubjectKind
 from services.auth.introspection import ClientProof, Introspection
 from services.auth.signing import KeyRing
+from services.auth.watching import Hub
 from services.mesh.access_token import Audience
 from services.mesh.context import Identity
+from services.mesh.policy import RevocationKind
+from services.mesh.policy_codec import document_message
+from services.mesh.revocation import Revocation
 from services.mesh.service_tokens import IssuedToken
 
 _AUDIENCES = {
@@ -26,15 +32,27 @@ _SUBJECTS = {
     token_service_pb2.SUBJECT_TOKEN_TYPE_JWT: SubjectKind.JWT,
 }
 
+_KINDS = {
+    RevocationKind.TOKEN: token_service_pb2.REVOCATION_KIND_TOKEN,
+    RevocationKind.API_KEY: token_service_pb2.REVOCATION_KIND_API_KEY,
+    RevocationKind.CLIENT: token_service_pb2.REVOCATION_KIND_CLIENT,
+    RevocationKind.TENANT: token_service_pb2.REVOCATION_KIND_TENANT,
+}
+
 
 class TokenServicer(token_service_pb2_grpc.TokenServiceServicer):
     """llmos.auth.v1.TokenService"""
 
-    def __init__(self, exchange: Exchange, introspection: Introspection, ring: KeyRing, issuer: str) -> None:
+    def __init__(
+        self, exchange: Exchange, introspection: Introspection, ring: KeyRing, hub: Hub, issuer: str
+    ) -> None:
         self._exchange = exchange
         self._introspection = introspection
         self._ring = ring
+        self._hub = hub
         self._issuer = issuer
+        self._policy = token_service_pb2.WatchPolicyResponse()
+        """The last one that held a policy: all watchers are sent the same."""
 
     async def IssueToken(
         self, request: token_service_pb2.IssueTokenRequest, context: Any
@@ -111,9 +129,44 @@ class TokenServicer(token_service_pb2_grpc.TokenServiceServicer):
     ) -> token_service_pb2.GetJwksResponse:
         return token_service_pb2.GetJwksResponse(jwks_json=self._ring.jwks_json())
 
+    async def WatchRevocations(
+        self, request: token_service_pb2.WatchRevocationsRequest, context: Any
+    ) -> AsyncIterator[token_service_pb2.WatchRevocationsResponse]:
+        async with aclosing(self._hub.revocations()) as answers:
+            async for answer in answers:
+                response = token_service_pb2.WatchRevocationsResponse(
+                    version=answer.version, snapshot=answer.snapshot
+                )
+                for each in answer.revocations:
+                    _fill_revocation(response.revocations.add(), each)
+                yield response
+
+    async def WatchPolicy(
+        self, request: token_service_pb2.WatchPolicyRequest, context: Any
+    ) -> AsyncIterator[token_service_pb2.WatchPolicyResponse]:
+        async with aclosing(self._hub.policy()) as answers:
+            async for answer in answers:
+                if answer.document is None:
+                    yield token_service_pb2.WatchPolicyResponse(version=answer.version)
+                    continue
+                if self._policy.version != answer.version or not self._policy.HasField("policy"):
+                    self._policy = token_service_pb2.WatchPolicyResponse(
+                        version=answer.version, policy=document_message(answer.document)
+                    )
+                yield self._policy
+
 
 def _proof(client: token_service_pb2.ClientCredential) -> ClientProof:
     return ClientProof(client.client_id, client.client_secret, client.client_assertion)
+
+
+def _fill_revocation(message: token_service_pb2.Revocation, revocation: Revocation) -> None:
+    message.version = revocation.version
+    message.kind = _KINDS[revocation.kind]
+    message.id = revocation.subject_id
+    message.revoke_time.FromDatetime(revocation.revoked_at)
+    message.expire_time.FromDatetime(revocation.expires_at)
+    message.cut_streams = revocation.cut_streams
 
 
 def _access_token(issued: IssuedToken) -> token_service_pb2.AccessToken:

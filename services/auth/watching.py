@@ -35,6 +35,10 @@ FORGET_INTERVAL_S = 60.0
 """Between two times that the hub drops what has expired from its list."""
 PRUNE_INTERVAL_S = 3600.0
 _VERSION = attrgetter("version")
+_TOKENS = "/llmos.auth.v1.TokenService/"
+WATCHES = frozenset({f"{_TOKENS}WatchRevocations", f"{_TOKENS}WatchPolicy"})
+"""Methods that last as long as their caller likes."""
+REVOKE_TOKEN = f"{_TOKENS}RevokeToken"
 
 
 @dataclass(frozen=True, slots=True)
