@@ -5,10 +5,19 @@ from __future__ import annotations
 from collections.abc import Mapping
 from enum import Enum, auto
 
-from services.auth.policy import ADMIN
-from services.mesh.context import Caller
-from services.mesh.errors import PolicyDenied
-from services.mesh.tokens import Verifier, asserted_identity, bearer
+from services.auth.administration.callers import administrator
+from services.auth.store import Store
+from services.mesh.actions import ACTIONS, OPEN_METHODS
+from services.mesh.clock import Clock
+from services.mesh.context import Caller, Identity
+from services.mesh.decision import Facts, PolicyEngine
+from services.mesh.errors import PolicyDenied, ScopeMissing
+from services.mesh.tokens import VerifiedToken, Verifier, asserted_identity, bearer
+
+__all__ = ["OPEN_METHODS", "RULES", "AccessControl", "Rule"]
+
+_TOKENS = "/llmos.auth.v1.TokenService/"
+_ADMIN = "/llmos.auth.v1.AdminService/"
 
 
 class Rule(Enum):
@@ -19,25 +28,23 @@ class Rule(Enum):
     SERVICE = auto()
     """A service's own token."""
     ADMINISTRATOR = auto()
-    """A token for auth with the scope `admin`."""
+    """A token for auth of an administrator, or the gateway's own, with the administrator whom it asserts."""
 
 
 RULES: Mapping[str, Rule] = {
-    "/llmos.auth.v1.TokenService/IssueToken": Rule.OPEN,
-    "/llmos.auth.v1.TokenService/GetJwks": Rule.OPEN,
-    "/llmos.auth.v1.TokenService/VerifyApiKey": Rule.SERVICE,
-    "/llmos.auth.v1.AdminService/CreateTenant": Rule.ADMINISTRATOR,
-    "/llmos.auth.v1.AdminService/CreateClient": Rule.ADMINISTRATOR,
-    "/llmos.auth.v1.AdminService/CreateApiKey": Rule.ADMINISTRATOR,
+    **dict.fromkeys(sorted(OPEN_METHODS), Rule.OPEN),
+    **{_TOKENS + method: Rule.SERVICE for method in ("VerifyApiKey", "WatchRevocations", "WatchPolicy")},
+    **{method: Rule.ADMINISTRATOR for method in ACTIONS if method.startswith(_ADMIN)},
 }
-OPEN_METHODS = frozenset(method for method, rule in RULES.items() if rule is Rule.OPEN)
 
 
 class AccessControl:
     """This service's authenticator; `verifier` is for the audience of auth."""
 
-    def __init__(self, verifier: Verifier) -> None:
+    def __init__(self, verifier: Verifier, store: Store, clock: Clock) -> None:
         self._verifier = verifier
+        self._store = store
+        self._clock = clock
 
     async def __call__(self, method: str, metadata: Mapping[str, str | bytes], source_address: str) -> Caller:
         """Raises one of the UNAUTHENTICATED errors, PolicyDenied or ScopeMissing."""
@@ -50,7 +57,32 @@ class AccessControl:
                 raise PolicyDenied("Only services may call this method.")
             return Caller(asserted_identity(metadata, verified), verified.subject)
         if rule is Rule.ADMINISTRATOR:
+            if verified.is_service:
+                return await self._through_gateway(metadata, verified)
             identity = verified.identity()
-            identity.require(ADMIN)
+            await self._require_administrator(identity)
+            await self._require_allowed(identity, method, source_address)
             return Caller(identity)
         raise PolicyDenied("Nobody may call this method.")
+
+    async def _through_gateway(self, metadata: Mapping[str, str | bytes], verified: VerifiedToken) -> Caller:
+        identity = asserted_identity(metadata, verified)
+        if identity is None:
+            raise PolicyDenied("A service administers nothing on its own account.")
+        await self._require_administrator(identity)
+        return Caller(identity, verified.subject)
+
+    async def _require_administrator(self, identity: Identity) -> None:
+        """By what the store says now: whoever was demoted is out at once, whatever its token still says."""
+        await administrator(self._store, identity, self._clock.now(), with_projects=False)
+
+    async def _require_allowed(self, identity: Identity, method: str, source_address: str) -> None:
+        """The policy of whoever comes without the gateway, which has decided for all others. A proxy in
+        between is not believed what it says of addresses."""
+        version, document = await self._store.policy()
+        facts = Facts(at=self._clock.now(), address=source_address)
+        decision = PolicyEngine(document, version).decide(identity, ACTIONS[method], facts)
+        if decision.missing_scope:
+            raise ScopeMissing(decision.explanation, metadata={"scope": decision.missing_scope})
+        if not decision.allowed:
+            raise PolicyDenied(decision.explanation)
