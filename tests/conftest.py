@@ -14,6 +14,7 @@ from deploy.dev.broker import Broker
 from tests.framework import broker as brokers
 from tests.framework.mesh import MeshHarness
 from tests.framework.ports import PortReservations
+from tests.framework.postgres import WITHOUT, PostgresServer, programs
 
 # As in the engine's process (docs/decisions/0021): threads of torch that spin while they wait take the cores
 # from each other wherever tests run side by side.
@@ -62,6 +63,17 @@ def reservations() -> Iterator[PortReservations]:
     reservations = PortReservations()
     yield reservations
     reservations.release()
+
+
+@pytest.fixture(scope="session")
+def postgres() -> Iterator[PostgresServer]:
+    """The run's PostgreSQL; started by the first test that needs it."""
+    if programs() is None:
+        pytest.skip(WITHOUT)
+    server = PostgresServer()
+    server.start()
+    yield server
+    server.stop()
 
 
 @pytest.fixture(scope="session")

@@ -4,20 +4,32 @@ from __future__ import annotations
 
 from llmos.auth.v1 import admin_service_pb2_grpc, token_service_pb2_grpc
 
-from services.auth import service_secrets
-from services.auth.access import OPEN_METHODS, AccessControl
-from services.auth.admin import Administration
+from services.auth import master_key, service_secrets
+from services.auth.access import OPEN_METHODS, RULES, AccessControl, Rule
+from services.auth.administration.apply import Configuration
+from services.auth.administration.explain import Explanation
+from services.auth.administration.service import Administration
+from services.auth.administration.servicer import AdminServicer
+from services.auth.assertions import Assertions
 from services.auth.exchange import Exchange
 from services.auth.first_start import KeyFile, ensure_administrator
-from services.auth.servicer import AdminServicer, TokenServicer
+from services.auth.introspection import Introspection
+from services.auth.last_use import LastUse
+from services.auth.own_tokens import OwnTokens
+from services.auth.proof import Proofs
+from services.auth.providers.fetching import Fetcher
+from services.auth.providers.provider_tokens import ProviderTokens
+from services.auth.servicer import TokenServicer
 from services.auth.settings import AuthSettings
-from services.auth.signing import KeyRing, Sealer
-from services.auth.stores.sqlite import SqliteStore
+from services.auth.signing import KeyRing
+from services.auth.stores.opening import open_store
+from services.auth.stores.sql import SqlStore
 from services.auth.tokens import TokenIssuer
+from services.auth.watching import REVOKE_TOKEN, WATCHES, Hub, Pruning
 from services.mesh.app import App
 from services.mesh.clock import Clock
 from services.mesh.health import Health
-from services.mesh.interceptors import server_chain
+from services.mesh.interceptors import Chain, server_chain
 from services.mesh.running import RunningCalls
 from services.mesh.server import GrpcServer
 from services.mesh.tokens import Audience, Verifier
@@ -26,7 +38,7 @@ from services.mesh.tokens import Audience, Verifier
 class _FirstStart:
     """The step between opening the store and serving, as a component."""
 
-    def __init__(self, store: SqliteStore, settings: AuthSettings, clock: Clock) -> None:
+    def __init__(self, store: SqlStore, settings: AuthSettings, clock: Clock) -> None:
         self._store = store
         self._settings = settings
         self._clock = clock
@@ -41,9 +53,10 @@ class _FirstStart:
 async def build(settings: AuthSettings, clock: Clock) -> App:
     """Puts the service together. Raises StartError where secrets are missing."""
     service_digests = service_secrets.load(settings.service_secrets_dir)
-    key_file = settings.key_encryption_key_file
-    sealer = Sealer.from_file(key_file) if key_file is not None else None
-    store = SqliteStore(settings.db_path)
+    sealer = master_key.load(
+        settings.key_encryption_key_file, settings.key_encryption_key, settings.key_encryption_key_env
+    )
+    store = open_store(settings)
     ring = KeyRing(
         store,
         clock,
@@ -53,28 +66,45 @@ async def build(settings: AuthSettings, clock: Clock) -> App:
         sealer=sealer,
     )
     issuer = TokenIssuer(ring, clock, issuer=settings.issuer, ttl_s=settings.access_token_ttl_s)
-    exchange = Exchange(store, issuer, clock, service_digests)
-    verifier = Verifier(ring, issuer=settings.issuer, audience=Audience.AUTH, clock=clock)
+    last_use = LastUse(store, clock)
+    assertions = Assertions(store, clock, audiences=frozenset({settings.issuer, settings.token_endpoint}))
+    proofs = Proofs(store, clock, assertions, last_use, service_digests)
+    own_tokens = OwnTokens(store, ring, clock, issuer=settings.issuer)
+    providers = ProviderTokens(store, clock, Fetcher(settings.provider_ca_file), own_issuer=settings.issuer)
+    exchange = Exchange(store, proofs, own_tokens, issuer, clock, providers)
+    introspection = Introspection(store, proofs, own_tokens, exchange, clock)
+    hub = Hub(store, clock)
+    verifier = Verifier(
+        ring, issuer=settings.issuer, audience=Audience.AUTH, clock=clock, revoked=hub.revoked.check
+    )
 
     running = RunningCalls(settings.max_concurrent_calls)
     health = Health()
-    chain = server_chain(
+    links = server_chain(
         clock=clock,
         running=running,
-        authenticator=AccessControl(verifier),
+        authenticator=AccessControl(verifier, store, clock),
         open_methods=OPEN_METHODS,
+        watch_methods=WATCHES,
         max_call_s=settings.max_call_s,
         adopt_request_id=True,
-    )
+    ).links
+    administration = {method for method, rule in RULES.items() if rule is Rule.ADMINISTRATOR}
+    chain = Chain({**links, "tell": hub.link({*administration, REVOKE_TOKEN})})
     server = GrpcServer(settings, chain=chain, running=running, health=health)
     await server.add(
         token_service_pb2_grpc.add_TokenServiceServicer_to_server,
-        TokenServicer(exchange, ring),
+        TokenServicer(exchange, introspection, ring, hub, settings.issuer),
         "llmos.auth.v1.TokenService",
     )
     await server.add(
         admin_service_pb2_grpc.add_AdminServiceServicer_to_server,
-        AdminServicer(Administration(store, clock)),
+        AdminServicer(
+            Administration(store, clock, cuts_streams=settings.revocation_cuts_streams),
+            Configuration(store, clock, cuts_streams=settings.revocation_cuts_streams),
+            Explanation(store, clock),
+            clock,
+        ),
         "llmos.auth.v1.AdminService",
     )
     return App(
@@ -82,5 +112,13 @@ async def build(settings: AuthSettings, clock: Clock) -> App:
         clock=clock,
         health=health,
         server=server,
-        components=(store, _FirstStart(store, settings, clock), ring),
+        components=(
+            store,
+            _FirstStart(store, settings, clock),
+            hub,
+            Pruning(store, clock),
+            ring,
+            last_use,
+            providers,
+        ),
     )

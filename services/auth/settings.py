@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 from typing import ClassVar
 
-from pydantic import Field, model_validator
+from pydantic import Field, SecretStr, model_validator
 from pydantic_settings import SettingsConfigDict
 
 from services.auth.signing import RETIRE_MARGIN_S
@@ -34,17 +35,45 @@ class AuthSettings(ServiceSettings):
     """Not read: this service knows its own secret from `service_secrets_dir`."""
     db_file: Path | None = None
     """The database; not set: auth.db in `state_dir`."""
+    db_url: SecretStr | None = None
+    """A PostgreSQL database that any number of auth processes share, instead of the file:
+    `postgresql://user@host:5432/database`. Beyond loopback its certificate is checked, unless the URL says
+    `?ssl=disable`."""
+    db_ca_file: Path | None = None
+    """Certificates that the database's is checked by; not set: those of the system."""
+    db_password_file: Path | None = None
+    """Holds the password for `db_url`, where that has none."""
+    db_pool_size: int = Field(default=8, ge=1, le=256)
+    """So many connections at most to `db_url`."""
     admin_key_file: Path | None = None
     """Where the first start writes the administrator's key; not set: admin-key in `state_dir`."""
     key_encryption_key_file: Path | None = None
-    """Holds 32 bytes in base64, which signing keys are encrypted with in the database; not set: they are
-    protected by the file's mode alone."""
+    """Holds 32 bytes in base64, which signing keys are encrypted with in the database; not set, and no
+    `key_encryption_key_env`: they are protected by the file's mode alone."""
+    key_encryption_key_env: str | None = Field(default=None, pattern=r"^[A-Za-z_][A-Za-z0-9_]*$")
+    """The name of an environment variable that holds the same, instead of the file."""
+    public_url: str = ""
+    """Where clients find the gateway's HTTP, such as `https://api.example`; empty: at `issuer`. The token
+    endpoint below it is an audience that clients may sign their assertions for (RFC 7523)."""
+    provider_ca_file: Path | None = None
+    """Authorities that certificates of identity providers may be from, besides the public ones."""
     access_token_ttl_s: int = Field(default=300, ge=10, le=MAX_LIFETIME_S)
     """How long a token lives."""
+    revocation_cuts_streams: bool = False
+    """Whether what an administrator disables or deletes also ends its running streams; a `Revoke` says so
+    itself."""
     signing_key_rotation_s: int = Field(default=30 * DAY_S, ge=1, le=3650 * DAY_S)
     """How long a key signs."""
     signing_key_publish_ahead_s: float = Field(default=3600, gt=0, le=30 * DAY_S)
     """How long a key is published before it signs; longer than verifiers keep a key set (60 s)."""
+
+    @model_validator(mode="after")
+    def _one_of_each(self) -> AuthSettings:
+        if self.db_url is not None and self.db_file is not None:
+            raise ValueError("db_url and db_file exclude each other: set one")
+        if self.key_encryption_key_env is not None and self.key_encryption_key_file is not None:
+            raise ValueError("key_encryption_key_env and key_encryption_key_file exclude each other: set one")
+        return self
 
     @model_validator(mode="after")
     def _rotation(self) -> AuthSettings:
@@ -56,6 +85,16 @@ class AuthSettings(ServiceSettings):
                 f"signing_key_rotation_s is too short: more than {MAX_KEYS} keys would be published at a time"
             )
         return self
+
+    @property
+    def key_encryption_key(self) -> SecretStr | None:
+        """What the environment variable of `key_encryption_key_env` holds, if it is set."""
+        value = os.environ.get(self.key_encryption_key_env) if self.key_encryption_key_env else None
+        return None if value is None else SecretStr(value)
+
+    @property
+    def token_endpoint(self) -> str:
+        return f"{(self.public_url or self.issuer).rstrip('/')}/oauth2/token"
 
     @property
     def db_path(self) -> Path:
