@@ -14,6 +14,8 @@ from urllib.parse import urlsplit
 
 import httpx
 
+from services.mesh.app import StartError
+
 FETCH_TIMEOUT_S = 5.0
 
 
@@ -55,14 +57,19 @@ class Fetcher:
     sets, such as a cookie, is there for the next.
 
     `ca_file`: authorities to trust besides those that httpx brings. `timeout_s`: for connecting, sending and
-    receiving together. Raises OSError where the file cannot be read.
+    receiving together. Raises StartError where the file cannot be used.
     """
 
     def __init__(self, ca_file: Path | None = None, *, timeout_s: float = FETCH_TIMEOUT_S) -> None:
         self._timeout_s = timeout_s
         self._tls: ssl.SSLContext = httpx.create_ssl_context(trust_env=False)
         if ca_file is not None:
-            self._tls.load_verify_locations(cafile=ca_file)
+            try:
+                self._tls.load_verify_locations(cafile=ca_file)
+            except OSError as error:  # ssl.SSLError too
+                raise StartError(
+                    f"the certificates for identity providers cannot be read: {ca_file}: {error.strerror}"
+                ) from None
 
     async def get(self, url: str, max_bytes: int) -> bytes:
         """The body of a 200. Ends within `timeout_s`; raises FetchError."""

@@ -15,6 +15,7 @@ from cryptography.hazmat.primitives.asymmetric import ec
 from deploy.dev.certs import CertificateAuthority
 from services.auth.providers.discovery import MAX_DOCUMENT_BYTES, MAX_JWKS_BYTES, is_issuer
 from services.auth.providers.fetching import Fetcher, FetchError
+from services.mesh.app import StartError
 from services.mesh.errors import CredentialInvalid, DependencyUnavailable
 from tests.framework.oidc_exchange import Trust, trust
 from tests.framework.oidc_provider import DISCOVERY, JWKS, Answer, MockProvider, SigningKey, rsa_key
@@ -326,6 +327,15 @@ def test_issuers(issuer: str) -> None:
 )
 def test_what_no_issuer_can_be(issuer: str) -> None:
     assert not is_issuer(issuer)
+
+
+def test_r33_authorities_that_cannot_be_read_stop_the_start(tmp_path: Path) -> None:
+    for content in (None, "no certificate"):
+        file = tmp_path / "ca.crt"
+        if content is not None:
+            file.write_text(content)
+        with pytest.raises(StartError, match="certificates for identity providers cannot be read"):
+            Fetcher(file)
 
 
 async def test_what_is_not_https_is_not_fetched() -> None:
