@@ -10,16 +10,18 @@ import logging
 import os
 from pathlib import Path
 
-from services.auth import keys, policy
-from services.auth.store import ApiKey, Client, Store, Tenant
+from services.auth import keys
+from services.auth.store import ApiKey, Batch, Client, Put, Store, Tenant
 from services.mesh.app import StartError
 from services.mesh.clock import Clock
-from services.mesh.errors import CredentialInvalid
+from services.mesh.errors import AlreadyExists, CredentialInvalid
 
 log = logging.getLogger(__name__)
 
 TENANT = "default"
 CLIENT = "admin"
+ROLE = "admin"
+ACTOR = "service:auth"
 
 
 class KeyFile:
@@ -85,22 +87,28 @@ async def ensure_administrator(store: Store, file: KeyFile, clock: Clock) -> Non
     file.discard()
     key = keys.new_api_key()
     file.write(key)
-    await _create(store, key, clock)
+    try:
+        await _create(store, key, clock)
+    except AlreadyExists:
+        # another process on the same database made it in between, and hands over its own key
+        file.discard()
+        log.info("the administrator was made by another process of auth")
+        return
     file.publish()
     log.info("the first start made the administrator; the key is in %s", file.path)
 
 
 async def _create(store: Store, key: str, clock: Clock) -> None:
+    """Raises AlreadyExists where there is a tenant already."""
     parsed = keys.parse_api_key(key)
-    now = clock.now()
-    scopes = frozenset(policy.SCOPES)
-    # nobody learns the client secret: the administrator comes with the key
-    secret = keys.new_client_secret()
-    await store.create_first(
-        Tenant(TENANT, now),
-        Client(CLIENT, TENANT, keys.digest(secret), scopes, now),
-        ApiKey(keys.new_key_id(), CLIENT, parsed.prefix, parsed.digest, scopes, now),
+    first = (
+        Tenant(TENANT, display_name="Default"),
+        # without a client secret: the administrator comes with the key
+        Client(CLIENT, TENANT, display_name="Administrator", roles=frozenset({ROLE})),
+        ApiKey(keys.new_key_id(), CLIENT, parsed.prefix, parsed.digest, display_name="First key"),
     )
+    writes = [Put(resource, create=True, note="first start") for resource in first]
+    await store.commit(Batch(clock.now(), ACTOR, writes=writes, only_if_empty=True))
 
 
 async def _finish(store: Store, file: KeyFile) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import logging
 from pathlib import Path
 
@@ -10,7 +11,7 @@ import pytest
 from services.auth import keys, service_secrets
 from services.auth.first_start import KeyFile, ensure_administrator
 from services.auth.policy import SERVICES
-from services.auth.store import ApiKey, Client, Tenant
+from services.auth.store import ApiKey, Batch, Client, Filter, Kind
 from services.auth.stores.memory import MemoryStore
 from services.mesh.app import StartError
 from services.mesh.clock import ManualClock
@@ -32,7 +33,9 @@ async def admin_of(store: MemoryStore, key: str) -> tuple[ApiKey, Client]:
     found = await store.find_api_key(keys.parse_api_key(key).prefix)
     assert found is not None
     assert keys.matches(found[0].digest, keys.digest(key))
-    return found
+    key_record, owned = found
+    assert not owned.disabled
+    return key_record, owned.client
 
 
 async def test_makes_the_administrator(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
@@ -44,7 +47,11 @@ async def test_makes_the_administrator(tmp_path: Path, caplog: pytest.LogCapture
     assert names(path.parent) == ["admin-key"]
     key, client = await admin_of(store, text.strip())
     assert (client.client_id, client.tenant_id) == ("admin", "default")
-    assert key.scopes == client.scopes == {"generate", "models.read", "audit.read", "admin"}
+    assert client.roles == {"admin"}
+    assert key.scopes == client.scopes == frozenset()
+    assert client.secret_digest == b""
+    made = await store.changes(limit=10)
+    assert {(change.actor, change.note) for change in made} == {("service:auth", "first start")}
     assert str(path) in caplog.text
     assert text.strip() not in caplog.text
     assert text[20:30] not in caplog.text
@@ -79,7 +86,7 @@ async def test_a_database_without_its_file_says_so_and_starts(
 
 async def test_cut_off_before_the_database_knows_the_key(tmp_path: Path) -> None:
     class Cutting(MemoryStore):
-        async def create_first(self, tenant: Tenant, client: Client, key: ApiKey) -> None:
+        async def commit(self, batch: Batch) -> int:
             raise Cut
 
     path = tmp_path / "admin-key"
@@ -94,8 +101,8 @@ async def test_cut_off_before_the_database_knows_the_key(tmp_path: Path) -> None
 
 async def test_cut_off_before_the_file_has_its_name(tmp_path: Path) -> None:
     class Cutting(MemoryStore):
-        async def create_first(self, tenant: Tenant, client: Client, key: ApiKey) -> None:
-            await super().create_first(tenant, client, key)
+        async def commit(self, batch: Batch) -> int:
+            await super().commit(batch)
             raise Cut
 
     store, path = Cutting(), tmp_path / "admin-key"
@@ -104,6 +111,26 @@ async def test_cut_off_before_the_file_has_its_name(tmp_path: Path) -> None:
     await start(store, path)
     await admin_of(store, path.read_text().strip())
     assert names(tmp_path) == ["admin-key"]
+
+
+async def test_two_that_start_at_once_make_one_administrator(tmp_path: Path) -> None:
+    class Together(MemoryStore):
+        """Each sees it empty before any of them writes."""
+
+        def __init__(self) -> None:
+            super().__init__()
+            self.all_looked = asyncio.Barrier(2)
+
+        async def commit(self, batch: Batch) -> int:
+            await self.all_looked.wait()
+            return await super().commit(batch)
+
+    store, paths = Together(), [tmp_path / name / "admin-key" for name in ("one", "two")]
+    await asyncio.gather(*(start(store, path) for path in paths))
+    (path,) = (path for path in paths if path.exists())
+    await admin_of(store, path.read_text().strip())
+    assert sorted(name for path in paths for name in names(path.parent)) == ["admin-key"]
+    assert len(await store.list(Kind.API_KEY, Filter(), limit=10)) == 1
 
 
 @pytest.mark.parametrize("text", ["", "nonsense", "llmos_", "\xff\xfe"])
