@@ -12,26 +12,33 @@ from llmos.gateway.v1 import (
     job_service_pb2,
     job_service_pb2_grpc,
     model_service_pb2_grpc,
-    policy_service_pb2,
     policy_service_pb2_grpc,
     task_service_pb2,
     task_service_pb2_grpc,
 )
 from llmos.logging.v1 import audit_service_pb2_grpc
 
-from services.gateway import authorisation
 from services.gateway.admission import Admission
 from services.gateway.auditing import AuditTrail
-from services.gateway.authentication import GatewayAuthenticator
+from services.gateway.authentication import GatewayAuthenticator, OpenMethodGuard
+from services.gateway.authorisation import Authorisation
 from services.gateway.clients import GrpcAuditLog, GrpcAuth, GrpcInference
 from services.gateway.completion import Completions
 from services.gateway.cutting import RunningCredentials
 from services.gateway.http import HttpEdge
 from services.gateway.http_server import HttpLimits, HttpServer
 from services.gateway.keys import KeyRing
+from services.gateway.models import Models
+from services.gateway.policy_view import PolicyView
 from services.gateway.request import RequestParser
 from services.gateway.routing import Replica, Router
-from services.gateway.servicer import AuditServicer, GenerationServicer, ModelServicer, pending
+from services.gateway.servicer import (
+    AuditServicer,
+    GenerationServicer,
+    ModelServicer,
+    PolicyServicer,
+    pending,
+)
 from services.gateway.settings import GatewaySettings
 from services.gateway.telemetry import Instruments
 from services.mesh.app import App, Closing
@@ -46,6 +53,8 @@ from services.mesh.relay import Relay
 from services.mesh.revocation import RevocationList
 from services.mesh.running import RunningCalls
 from services.mesh.server import GrpcServer
+from services.mesh.slowdown import Slowdown
+from services.mesh.source_address import TrustedProxies
 from services.mesh.spool import Spool
 from services.mesh.tls import TlsFiles
 from services.mesh.tokens import Audience, Verifier
@@ -143,16 +152,25 @@ async def build(settings: GatewaySettings, clock: Clock) -> App:
         max_entries=settings.key_cache_max_entries,
         refusal_ttl_s=settings.key_refusal_ttl_s,
     )
+    slowdown = Slowdown(clock, free_failures=settings.free_failures)
     links = server_chain(
         clock=clock,
         running=running,
-        authenticator=GatewayAuthenticator(verifier, keys, spool),
+        authenticator=GatewayAuthenticator(verifier, keys, spool, slowdown),
         watch_methods=frozenset({"/llmos.logging.v1.AuditService/Tail"}),
         max_call_s=settings.max_call_s,
         adopt_request_id=False,
     ).links
+    authorisation = Authorisation(policy, clock)
+    proxies = TrustedProxies(settings.trusted_proxies)
     chain = Chain(
-        {**links, "audit": trail.link, "revoked": credentials.link, "authorise": authorisation.link}
+        {
+            **links,
+            "slowdown": OpenMethodGuard(spool, slowdown).link,
+            "audit": trail.link,
+            "revoked": credentials.link,
+            "authorise": authorisation.link,
+        }
     )
 
     # What is done for them.
@@ -164,16 +182,27 @@ async def build(settings: GatewaySettings, clock: Clock) -> App:
         clock,
         probe_interval_s=settings.probe_interval_s,
     )
+    models = Models(router, authorisation)
     completions = Completions(
+        authorisation=authorisation,
         admission=Admission(settings.max_concurrent_generations, clock),
         router=router,
         clock=clock,
         instruments=Instruments(clock),
+        max_tokens_limit=settings.max_tokens_limit,
+    )
+    view = PolicyView(
+        authorisation,
+        models,
+        max_request_bytes=settings.max_message_bytes,
+        max_tokens=settings.max_tokens_limit,
     )
     parser = RequestParser(max_tokens_limit=settings.max_tokens_limit)
 
     # The two edges.
-    server = GrpcServer(settings, chain=chain, running=running, health=health, validate=False)
+    server = GrpcServer(
+        settings, chain=chain, running=running, health=health, validate=False, proxies=proxies
+    )
     await server.add(
         generation_service_pb2_grpc.add_GenerationServiceServicer_to_server,
         GenerationServicer(parser, completions),
@@ -181,8 +210,13 @@ async def build(settings: GatewaySettings, clock: Clock) -> App:
     )
     await server.add(
         model_service_pb2_grpc.add_ModelServiceServicer_to_server,
-        ModelServicer(parser, router),
+        ModelServicer(parser, models),
         "llmos.gateway.v1.ModelService",
+    )
+    await server.add(
+        policy_service_pb2_grpc.add_PolicyServiceServicer_to_server,
+        PolicyServicer(view),
+        "llmos.gateway.v1.PolicyService",
     )
     await server.add(
         audit_service_pb2_grpc.add_AuditServiceServicer_to_server,
@@ -194,10 +228,11 @@ async def build(settings: GatewaySettings, clock: Clock) -> App:
         chain=chain,
         parser=parser,
         completions=completions,
-        router=router,
+        models=models,
         health=health,
         clock=clock,
         max_body_bytes=settings.http_max_body_bytes,
+        proxies=proxies,
     )
     http = HttpServer(
         edge.app(),
@@ -258,11 +293,6 @@ async def add_pending(server: GrpcServer) -> None:
             job_service_pb2_grpc.add_JobServiceServicer_to_server,
             job_service_pb2_grpc.JobServiceServicer,
             job_service_pb2.DESCRIPTOR.services_by_name["JobService"],
-        ),
-        (
-            policy_service_pb2_grpc.add_PolicyServiceServicer_to_server,
-            policy_service_pb2_grpc.PolicyServiceServicer,
-            policy_service_pb2.DESCRIPTOR.services_by_name["PolicyService"],
         ),
     ):
         await server.add(register, pending(base, _methods(service)), service.full_name)

@@ -72,6 +72,7 @@ class RequestRecord:
         self.received_s = received_s
         """Arrival, on the monotonic clock."""
         self.method = context.method
+        self.source_address = context.source_address
         self.model = ""
         self.labels: Mapping[str, str] = {}
         self.usage = Usage()

@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 
 from services.gateway.admission import Admission
 from services.gateway.auditing import RequestRecord
-from services.gateway.authorisation import GENERATE
+from services.gateway.authorisation import Authorisation
 from services.gateway.generation import (
     Choice,
     Delta,
@@ -61,8 +61,18 @@ class Completions:
     """Generates, and counts what a generation would cost."""
 
     def __init__(
-        self, *, admission: Admission, router: Router, clock: Clock, instruments: Instruments
+        self,
+        *,
+        authorisation: Authorisation,
+        admission: Admission,
+        router: Router,
+        clock: Clock,
+        instruments: Instruments,
+        max_tokens_limit: int,
     ) -> None:
+        """`max_tokens_limit` is what a request asks for that names no number, for each choice."""
+        self._authorisation = authorisation
+        self._max_tokens_limit = max_tokens_limit
         self._admission = admission
         self._router = router
         self._clock = clock
@@ -71,11 +81,19 @@ class Completions:
     async def stream(self, record: RequestRecord, request: ValidGeneration) -> AsyncGenerator[Event, None]:
         """Started, then Delta and Moved, then Finished. Closing the generator ends the work at the replica.
 
-        Raises LlmosError: of scope, limits and routing before Started; ReplicaLost, DataCorrupt or what the
+        Raises LlmosError: of policy, limits and routing before Started; ReplicaLost, DataCorrupt or what the
         replica raised also later.
         """
         record.model, record.labels = request.model, request.labels
-        record.identity.require(GENERATE)
+        self._authorisation.decide_request(
+            record.identity,
+            record.method,
+            address=record.source_address,
+            model=request.model,
+            task=request.prompt.task,
+            max_tokens=request.n * (request.max_tokens or self._max_tokens_limit),
+            labels=request.labels,
+        )
         progress = _Progress()
         with (
             self._admission.permit(record.deadline_s),
@@ -99,9 +117,18 @@ class Completions:
         return folded.result()
 
     async def count_tokens(self, record: RequestRecord, request: ValidPrompt) -> TokenCount:
-        """Raises ScopeMissing, ModelNotFound, NoReplica, ReplicaLost, or what the replica raised."""
+        """Raises ScopeMissing, PolicyDenied, ModelNotFound, NoReplica, ReplicaLost, or what the replica
+        raised."""
         record.model = request.model
-        record.identity.require(GENERATE)
+        self._authorisation.decide_request(
+            record.identity,
+            record.method,
+            address=record.source_address,
+            model=request.model,
+            task=request.prompt.task,
+            max_tokens=0,
+            labels={},
+        )
         record.begin()
         attempts = 1
         while True:

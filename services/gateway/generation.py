@@ -62,6 +62,11 @@ class Prompt:
     def is_chat(self) -> bool:
         return bool(self.messages)
 
+    @property
+    def task(self) -> str:
+        """What policy calls it."""
+        return "chat" if self.is_chat else "text_completion"
+
 
 @dataclass(frozen=True, slots=True)
 class Sampling:

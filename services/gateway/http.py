@@ -23,13 +23,14 @@ from services.gateway.auditing import RequestRecord, current_record
 from services.gateway.completion import Completions
 from services.gateway.generation import Delta, Finished, Started, ValidGeneration
 from services.gateway.http_exchange import Exchange, Receive, Scope, Send
+from services.gateway.models import Models
 from services.gateway.request import RequestParser
-from services.gateway.routing import Router
 from services.mesh.clock import Clock
 from services.mesh.context import RequestContext
 from services.mesh.errors import Draining, Internal, LlmosError, ReaderStalled, RequestInvalid
 from services.mesh.health import Health
 from services.mesh.interceptors import Call, Chain, new_request_id
+from services.mesh.source_address import NO_PROXIES, TrustedProxies
 
 GENERATE = "/llmos.gateway.v1.GenerationService/Generate"
 STREAM_GENERATE = "/llmos.gateway.v1.GenerationService/StreamGenerate"
@@ -54,22 +55,24 @@ class HttpEdge:
         chain: Chain,
         parser: RequestParser,
         completions: Completions,
-        router: Router,
+        models: Models,
         health: Health,
         clock: Clock,
         max_body_bytes: int,
+        proxies: TrustedProxies = NO_PROXIES,
     ) -> None:
         self._chain = chain
         self._parser = parser
         self._completions = completions
-        self._router = router
+        self._models = models
         self._health = health
         self._clock = clock
         self._max_body_bytes = max_body_bytes
+        self._proxies = proxies
 
     def app(self) -> Starlette:
         def audited(method: str, serve: Callable[[Exchange, RequestRecord], Awaitable[None]]) -> _Endpoint:
-            return _Endpoint(self._chain, self._clock, method, serve)
+            return _Endpoint(self._chain, self._clock, self._proxies, method, serve)
 
         app = Starlette(
             routes=[
@@ -96,7 +99,7 @@ class HttpEdge:
 
     async def _list_models(self, exchange: Exchange, record: RequestRecord) -> None:
         record.begin()
-        found = await self._router.models()
+        found = await self._models.visible(record)
         await record.committed()
         await exchange.respond(200, openai_answers.models(found))
 
@@ -110,7 +113,7 @@ class HttpEdge:
         model_id = self._parser.model(message)
         record.model = model_id
         record.begin()
-        found = await self._router.model(model_id)
+        found = await self._models.named(record, model_id)
         await record.committed()
         await exchange.respond(200, openai_answers.model(found))
 
@@ -155,18 +158,21 @@ class _Endpoint:
         self,
         chain: Chain,
         clock: Clock,
+        proxies: TrustedProxies,
         method: str,
         serve: Callable[[Exchange, RequestRecord], Awaitable[None]],
     ) -> None:
         self._chain = chain
         self._clock = clock
+        self._proxies = proxies
         self._method = method
         self._serve = serve
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         client = scope.get("client")
-        context = RequestContext(new_request_id(), self._method, client[0] if client else "")
+        context = RequestContext(new_request_id(), self._method)
         exchange = Exchange(scope, receive, send, request_id=context.request_id, clock=self._clock)
+        context.source_address = self._proxies.source_address(client[0] if client else "", exchange.headers)
         try:
             async with self._chain.around(Call(context, exchange.headers, protocol="http")):
                 await self._guarded(exchange)

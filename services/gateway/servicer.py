@@ -9,13 +9,15 @@ from enum import IntEnum
 from typing import Any
 
 import grpc
-from llmos.common.v1 import usage_pb2
+from llmos.common.v1 import identity_pb2, usage_pb2
 from llmos.gateway.v1 import (
     generation_pb2,
     generation_service_pb2,
     generation_service_pb2_grpc,
     model_service_pb2,
     model_service_pb2_grpc,
+    policy_service_pb2,
+    policy_service_pb2_grpc,
 )
 from llmos.logging.v1 import audit_service_pb2, audit_service_pb2_grpc
 
@@ -35,8 +37,9 @@ from services.gateway.generation import (
     TokenLogprob,
     Usage,
 )
+from services.gateway.models import Models
+from services.gateway.policy_view import EffectivePolicy, PolicyView
 from services.gateway.request import RequestParser
-from services.gateway.routing import Router
 from services.mesh.errors import NotImplementedYet
 
 Context = grpc.aio.ServicerContext[Any, Any]
@@ -91,16 +94,16 @@ class GenerationServicer(generation_service_pb2_grpc.GenerationServiceServicer):
 class ModelServicer(model_service_pb2_grpc.ModelServiceServicer):
     """llmos.gateway.v1.ModelService"""
 
-    def __init__(self, parser: RequestParser, router: Router) -> None:
+    def __init__(self, parser: RequestParser, models: Models) -> None:
         self._parser = parser
-        self._router = router
+        self._models = models
 
     async def ListModels(
         self, request: model_service_pb2.ListModelsRequest, context: Context
     ) -> model_service_pb2.ListModelsResponse:
         record = current_record()
         record.begin()
-        found = await self._router.models()
+        found = await self._models.visible(record)
         await record.committed()
         return model_service_pb2.ListModelsResponse(models=[_model(model) for model in found])
 
@@ -111,9 +114,25 @@ class ModelServicer(model_service_pb2_grpc.ModelServiceServicer):
         record = current_record()
         record.model = model_id
         record.begin()
-        found = await self._router.model(model_id)
+        found = await self._models.named(record, model_id)
         await record.committed()
         return model_service_pb2.GetModelResponse(model=_model(found))
+
+
+class PolicyServicer(policy_service_pb2_grpc.PolicyServiceServicer):
+    """llmos.gateway.v1.PolicyService"""
+
+    def __init__(self, view: PolicyView) -> None:
+        self._view = view
+
+    async def GetEffectivePolicy(
+        self, request: policy_service_pb2.GetEffectivePolicyRequest, context: Context
+    ) -> policy_service_pb2.GetEffectivePolicyResponse:
+        record = current_record()
+        record.begin()
+        found = await self._view.effective(record)
+        await record.committed()
+        return _policy(found)
 
 
 class AuditServicer(audit_service_pb2_grpc.AuditServiceServicer):
@@ -248,6 +267,30 @@ def _logprob(entry: TokenLogprob) -> generation_pb2.TokenLogprob:
 def _alternative(entry: Alternative) -> generation_pb2.TokenLogprob.Alternative:
     return generation_pb2.TokenLogprob.Alternative(
         token_id=entry.token_id, token=entry.token, logprob=entry.logprob
+    )
+
+
+def _policy(policy: EffectivePolicy) -> policy_service_pb2.GetEffectivePolicyResponse:
+    """How much is left of a limit is not said: nothing is counted yet."""
+    identity = policy.identity
+    return policy_service_pb2.GetEffectivePolicyResponse(
+        identity=identity_pb2.Identity(
+            tenant_id=identity.tenant_id,
+            client_id=identity.client_id,
+            key_id=identity.key_id,
+            scopes=sorted(identity.scopes),
+        ),
+        methods=policy.methods,
+        models=policy.models,
+        limits=[
+            policy_service_pb2.Limit(
+                unit=_same(limit.unit), scope=_same(limit.scope), model=limit.model, limit=limit.limit
+            )
+            for limit in policy.limits
+        ],
+        max_request_bytes=policy.max_request_bytes,
+        max_tokens=policy.max_tokens,
+        content_capture=policy_service_pb2.CONTENT_CAPTURE_NONE,
     )
 
 

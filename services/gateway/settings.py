@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from ipaddress import IPv4Network, IPv6Network
 from pathlib import Path
 from typing import Annotated, ClassVar, Literal
 
@@ -45,12 +46,20 @@ class GatewaySettings(KafkaSettings):
     token_cache_max_entries: int = Field(default=10_000, ge=1)
     """Access tokens that are remembered as verified, until they expire."""
 
+    free_failures: int = Field(default=10, ge=1)
+    """So many wrong credentials from one address, or for one name, slow nobody down; more do, and one is
+    forgiven every minute."""
+
     audit_mode: Literal["permissive", "strict"] = "permissive"
     """What happens when the spool is full: `permissive` serves on, drops events and counts them; `strict`
     refuses."""
     spool_max_bytes: int = Field(default=512 * MIB, ge=MIB)
     """What the audit spool may hold on disk."""
     spool_max_events: int = Field(default=200_000, ge=1000)
+
+    trusted_proxies: Annotated[tuple[IPv4Network | IPv6Network, ...], NoDecode] = ()
+    """CIDR blocks of the proxies before the gateway, with commas: what they say in `x-forwarded-for` about
+    whom they call for is believed. None: the header means nothing."""
 
     http_host: str = ""
     """Where HTTP listens; empty: as `listen_host`."""
@@ -65,7 +74,7 @@ class GatewaySettings(KafkaSettings):
     http_idle_timeout_s: int = Field(default=15, ge=1, le=3600)
     """A connection without a request is closed after that."""
 
-    @field_validator("inference_targets", mode="before")
+    @field_validator("inference_targets", "trusted_proxies", mode="before")
     @classmethod
     def _split(cls, value: object) -> object:
         if isinstance(value, str):

@@ -14,8 +14,6 @@ from services.mesh.policy import ADMIN, TENANT_ADMIN
 GENERATE = "generate"
 READ_MODELS = "models.read"
 READ_AUDIT = "audit.read"
-SIGNED_IN = ""
-"""Any valid credential: a method that answers everybody alike."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -94,5 +92,5 @@ OPEN_METHODS = frozenset(
     f"/llmos.auth.v1.TokenService/{method}"
     for method in ("IssueToken", "ExchangeToken", "IntrospectToken", "RevokeToken", "GetJwks")
 )
-"""At the gateway and at auth these need no credential of the call: the request itself holds one, or the answer
-is public."""
+"""At the gateway and at auth these need no credential of the call: the request itself holds one, or the
+answer is public."""

@@ -4,12 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from functools import lru_cache
-from ipaddress import IPv6Address, ip_address
+from ipaddress import IPv4Network, IPv6Address, IPv6Network, ip_address
 from typing import Generic, NamedTuple, TypeVar
 
 from services.mesh.policy import Network
 
 _V = TypeVar("_V")
+_MAPPED = IPv6Network("::ffff:0:0/96")
+MAX_CHARS = 64
+"""Of an address with its zone; what is longer is none, and not remembered as such."""
 
 
 class Address(NamedTuple):
@@ -22,13 +25,17 @@ class Address(NamedTuple):
     """In its one normal form (RFC 5952)."""
 
 
-@lru_cache(maxsize=8192)
 def parse_address(text: str) -> Address | None:
     """The address, or None for what is none, such as the name of a socket.
 
     An IPv4-mapped IPv6 address (RFC 4291, section 2.5.5.2) is the IPv4 address: a listener for both families
     sees IPv4 callers so. A zone (RFC 4007, `%eth0`) is left out.
     """
+    return _parsed(text) if len(text) <= MAX_CHARS else None
+
+
+@lru_cache(maxsize=8192)
+def _parsed(text: str) -> Address | None:
     try:
         address = ip_address(text)
     except ValueError:
@@ -36,6 +43,14 @@ def parse_address(text: str) -> Address | None:
     if isinstance(address, IPv6Address):
         address = address.ipv4_mapped or IPv6Address(int(address))
     return Address(address.version, int(address), str(address))
+
+
+def unmapped(network: Network) -> Network:
+    """The IPv4 block, where a block holds IPv4-mapped IPv6 addresses only."""
+    if isinstance(network, IPv6Network) and network.subnet_of(_MAPPED):
+        low = int(network.network_address) & 0xFFFF_FFFF
+        return IPv4Network((low, network.prefixlen - 96))
+    return network
 
 
 class NetworkMap(Generic[_V]):

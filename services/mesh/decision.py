@@ -23,7 +23,7 @@ from typing import NamedTuple, TypeVar
 from services.mesh.actions import Action
 from services.mesh.addresses import Address, NetworkMap, parse_address
 from services.mesh.context import Identity
-from services.mesh.policy import EVERY_SCOPE, AddressRule, Effect, Network, PolicyDocument, Role, Rule
+from services.mesh.policy import EVERY_SCOPE, AddressRule, Effect, Network, Plan, PolicyDocument, Role, Rule
 from services.mesh.rule_index import Glob, Query, RuleIndex
 
 MAX_CALLERS = 4096
@@ -79,6 +79,8 @@ class PolicyEngine:
         self.version = version
         self._roles = {role.role_id: role for role in document.roles}
         self._parents = {tenant.tenant_id: tenant.parent_id for tenant in document.tenants}
+        self._plan_ids = {tenant.tenant_id: tenant.plan_id for tenant in document.tenants}
+        self._plans = {plan.plan_id: plan for plan in document.plans}
         self._address_rules: dict[str, list[AddressRule]] = {}
         for rule in document.address_rules:
             self._address_rules.setdefault(rule.tenant_id, []).append(rule)
@@ -101,6 +103,10 @@ class PolicyEngine:
         if identity.models and model is not None and not any_matches(identity.models, model):
             return Decision(False, "key models", f"The API key may not be used for the model `{model}`.")
         return _by_roles(identity, action, facts, address, caller.view)
+
+    def plan(self, tenant_id: str) -> Plan | None:
+        """The tenant's plan; None where the policy knows no such tenant, or its plan is gone."""
+        return self._plans.get(self._plan_ids.get(tenant_id, ""))
 
     def _caller(self, tenant_id: str, roles: frozenset[str]) -> _Caller:
         key = (tenant_id, roles)

@@ -10,13 +10,14 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable
 from enum import IntEnum
-from ipaddress import IPv4Network, IPv6Network, ip_network
+from ipaddress import ip_network
 from typing import NoReturn, TypeVar
 from zoneinfo import ZoneInfo
 
 from llmos.auth.v1 import policy_pb2
 from llmos.gateway.v1 import policy_service_pb2
 
+from services.mesh.addresses import unmapped
 from services.mesh.errors import RequestInvalid, Violation
 from services.mesh.policy import (
     FREE_PLAN,
@@ -37,7 +38,6 @@ from services.mesh.policy import (
 )
 
 _BLOCK = re.compile(r"[0-9A-Fa-f:.]{2,45}(/[0-9]{1,3})?")
-_MAPPED = IPv6Network("::ffff:0:0/96")
 _TIME_OF_DAY = re.compile(r"([01][0-9]|2[0-3]):([0-5][0-9])|24:00")
 
 _E = TypeVar("_E", bound=IntEnum)
@@ -59,14 +59,6 @@ def network_of(text: str, field: str) -> Network:
     if "/" in text and network.network_address != type(network.network_address)(text.split("/")[0]):
         _refuse(field, f"has bits set beyond its prefix; the block is `{unmapped(network)}`")
     return unmapped(network)
-
-
-def unmapped(network: Network) -> Network:
-    """The IPv4 block, where a block holds IPv4-mapped IPv6 addresses only."""
-    if isinstance(network, IPv6Network) and network.subnet_of(_MAPPED):
-        low = int(network.network_address) & 0xFFFF_FFFF
-        return IPv4Network((low, network.prefixlen - 96))
-    return network
 
 
 def networks_of(texts: Iterable[str], field: str) -> tuple[Network, ...]:

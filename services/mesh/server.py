@@ -22,6 +22,7 @@ from services.mesh.health import Health
 from services.mesh.interceptors import REQUEST_ID_KEY, Call, Chain, new_request_id
 from services.mesh.running import RunningCalls
 from services.mesh.settings import ServiceSettings
+from services.mesh.source_address import NO_PROXIES, TrustedProxies
 from services.mesh.tls import TlsFiles
 
 logger = logging.getLogger(__name__)
@@ -70,15 +71,17 @@ class GrpcServer:
         running: RunningCalls,
         health: Health,
         validate: bool = True,
+        proxies: TrustedProxies = NO_PROXIES,
     ) -> None:
-        """`validate=False` leaves the rules of the protos to a service that records refusals itself."""
+        """`validate=False` leaves the rules of the protos to a service that records refusals itself;
+        `proxies` are believed about whom they call for."""
         self._settings = settings
         self._health = health
         self._running = running
         self._names: list[str] = [HEALTH, reflection.SERVICE_NAME]
         self._tls = TlsFiles.of(settings)
         self._interceptor = _ChainInterceptor(
-            chain, write_timeout_s=settings.write_timeout_s, validate=validate
+            chain, write_timeout_s=settings.write_timeout_s, validate=validate, proxies=proxies
         )
         self._server = grpc.aio.server(interceptors=[self._interceptor], options=server_options(settings))
         self._stopping: asyncio.Task[None] | None = None
@@ -142,8 +145,11 @@ class _ChainInterceptor(grpc.aio.ServerInterceptor):
     link and one in a write surface in the same place.
     """
 
-    def __init__(self, chain: Chain, *, write_timeout_s: float, validate: bool) -> None:
+    def __init__(
+        self, chain: Chain, *, write_timeout_s: float, validate: bool, proxies: TrustedProxies
+    ) -> None:
         self._chain = chain
+        self._proxies = proxies
         self._write_timeout_s = write_timeout_s
         self._validate = validate
         self._infrastructure: set[asyncio.Task[Any]] = set()
@@ -275,8 +281,9 @@ class _ChainInterceptor(grpc.aio.ServerInterceptor):
     async def _around(
         self, method: str, metadata: Mapping[str, Any], servicer_context: Any
     ) -> AsyncIterator[Call]:
+        address = self._proxies.source_address(peer_address(servicer_context.peer()), metadata)
         call = Call(
-            RequestContext(new_request_id(), method, source_address(servicer_context.peer())),
+            RequestContext(new_request_id(), method, address),
             metadata,
             servicer_context.time_remaining(),
         )
@@ -364,7 +371,7 @@ async def _send_headers(call: Call, servicer_context: Any) -> None:
     await servicer_context.send_initial_metadata(_identifying(call))
 
 
-def source_address(peer: str) -> str:
+def peer_address(peer: str) -> str:
     """The address in gRPC's notation of a peer, such as `ipv4:127.0.0.1:4711`, without the port."""
     kind, _, rest = unquote(peer).partition(":")
     if kind == "ipv6":

@@ -10,6 +10,7 @@ from datetime import UTC, datetime, timedelta
 
 from services.gateway.admission import Admission
 from services.gateway.auditing import AuditTrail, RequestRecord
+from services.gateway.authorisation import Authorisation
 from services.gateway.completion import Completions
 from services.gateway.cutting import RunningCredentials
 from services.gateway.generation import (
@@ -29,20 +30,49 @@ from services.gateway.generation import (
     ValidGeneration,
     ValidPrompt,
 )
-from services.gateway.ports import ExchangedKey
+from services.gateway.models import Models
 from services.gateway.routing import Replica, Router
 from services.gateway.telemetry import Instruments
 from services.mesh.clock import Clock, SystemClock
 from services.mesh.context import Caller, Identity, RequestContext
-from services.mesh.errors import LlmosError, ReplicaLost
+from services.mesh.decision import PolicyEngine
+from services.mesh.errors import CredentialExpired, CredentialRevoked, LlmosError, ReplicaLost
 from services.mesh.events import Edge, RequestEnded, RequestStarted
+from services.mesh.policy import (
+    BUILT_IN_PLANS,
+    BUILT_IN_ROLES,
+    AddressRule,
+    Network,
+    PolicyDocument,
+    TenantPolicy,
+)
+from services.mesh.policy import Role as PolicyRole
 from services.mesh.revocation import RevocationList
 from services.mesh.running import RunningCalls
+from services.mesh.tokens import Audience, VerifiedToken
 
 MODEL = Model(
     "echo-1", "rev-1", (Capability.GENERATE, Capability.CHAT), 4096, datetime(2030, 1, 1, tzinfo=UTC), True
 )
 ALICE = Identity("acme", "alice", "key_1", frozenset({"generate", "models.read", "audit.read"}))
+
+
+MAX_TOKENS_LIMIT = 4096
+
+
+@dataclass(slots=True)
+class FixedPolicy:
+    """A `PolicySource` that is set by hand."""
+
+    engine: PolicyEngine
+
+
+def fixed_policy(*roles: PolicyRole, address_rules: Sequence[AddressRule] = ()) -> FixedPolicy:
+    """The built-in roles and plans, with what is given, for the tenant of `ALICE`."""
+    document = PolicyDocument(
+        (*BUILT_IN_ROLES, *roles), tuple(address_rules), (TenantPolicy(ALICE.tenant_id),), BUILT_IN_PLANS
+    )
+    return FixedPolicy(PolicyEngine(document))
 
 
 class Gate:
@@ -150,7 +180,7 @@ class FakeAudit:
 
 
 class FakeAuth:
-    """An `AuthPort` with a fixed set of keys."""
+    """An `AuthPort` with a fixed set of keys, and the `VerifierPort` for the tokens that it gives."""
 
     def __init__(self, clock: Clock, *, lifetime_s: float = 300) -> None:
         self.clock = clock
@@ -159,14 +189,41 @@ class FakeAuth:
         self.error: LlmosError | None = None
         self.exchanges = 0
         self.gate: Gate | None = None
+        self.revoked: set[str] = set()
+        """Tokens."""
+        self._tokens: dict[str, tuple[Identity, datetime]] = {}
 
-    async def exchange(self, api_key: str) -> ExchangedKey:
+    async def exchange(self, api_key: str) -> str:
         self.exchanges += 1
         if self.gate is not None:
             await self.gate.passing()
         if self.error is not None:
             raise self.error
-        return ExchangedKey(self.keys[api_key], self.clock.now() + timedelta(seconds=self.lifetime_s))
+        token = f"token-{self.exchanges}"
+        self._tokens[token] = (self.keys[api_key], self.clock.now() + timedelta(seconds=self.lifetime_s))
+        return token
+
+    async def verify(self, token: str) -> VerifiedToken:
+        identity, expires_at = self._tokens[token]
+        if token in self.revoked:
+            raise CredentialRevoked("revoked")
+        if self.clock.now() >= expires_at:
+            raise CredentialExpired("expired")
+        return VerifiedToken(
+            subject=identity.client_id,
+            client_id=identity.client_id,
+            tenant_id=identity.tenant_id,
+            key_id=identity.key_id,
+            scopes=identity.scopes,
+            audience=Audience.GATEWAY,
+            issued_at_s=identity.issued_at_s,
+            expires_at=expires_at,
+            token_id=identity.token_id,
+            roles=identity.roles,
+            direct_scopes=identity.direct_scopes,
+            models=identity.models,
+            addresses=identity.addresses,
+        )
 
 
 def generation(**changes: object) -> ValidGeneration:
@@ -187,6 +244,8 @@ class Bench:
     max_concurrent: int = 8
     clock: Clock = field(default_factory=SystemClock)
     audit: FakeAudit = field(default_factory=FakeAudit)
+    proxies: Sequence[Network] = ()
+    policy: FixedPolicy = field(default_factory=lambda: fixed_policy())
 
     def __post_init__(self) -> None:
         self.router = Router(
@@ -196,11 +255,15 @@ class Bench:
             ask_again_s=0,
         )
         self.admission = Admission(self.max_concurrent, self.clock)
+        self.authorisation = Authorisation(self.policy, self.clock)
+        self.models = Models(self.router, self.authorisation)
         self.completions = Completions(
+            authorisation=self.authorisation,
             admission=self.admission,
             router=self.router,
             clock=self.clock,
             instruments=Instruments(self.clock),
+            max_tokens_limit=MAX_TOKENS_LIMIT,
         )
         self.running = RunningCalls(64)
         self.trail = AuditTrail(self.audit, self.clock, lambda: self.running.is_cut())

@@ -7,15 +7,17 @@ from contextlib import asynccontextmanager
 from pathlib import Path
 
 import grpc
-from llmos.gateway.v1 import generation_service_pb2_grpc, model_service_pb2_grpc
+from llmos.gateway.v1 import generation_service_pb2_grpc, model_service_pb2_grpc, policy_service_pb2_grpc
 
 from services.gateway.app import add_pending
+from services.gateway.policy_view import PolicyView
 from services.gateway.request import RequestParser
-from services.gateway.servicer import GenerationServicer, ModelServicer
+from services.gateway.servicer import GenerationServicer, ModelServicer, PolicyServicer
 from services.gateway.settings import GatewaySettings
 from services.mesh.health import Health
 from services.mesh.server import GrpcServer
-from tests.framework.gateway_fakes import Bench
+from services.mesh.source_address import TrustedProxies
+from tests.framework.gateway_fakes import MAX_TOKENS_LIMIT, Bench
 from tests.framework.gateway_http import KEY, chain_of
 
 AUTH = (("authorization", f"Bearer {KEY}"),)
@@ -35,8 +37,9 @@ async def serving(bench: Bench, folder: Path, *, max_call_s: float = 30) -> Asyn
         running=running,
         health=health,
         validate=False,
+        proxies=TrustedProxies(bench.proxies),
     )
-    parser = RequestParser(max_tokens_limit=4096)
+    parser = RequestParser(max_tokens_limit=MAX_TOKENS_LIMIT)
     await server.add(
         generation_service_pb2_grpc.add_GenerationServiceServicer_to_server,
         GenerationServicer(parser, bench.completions),
@@ -44,8 +47,19 @@ async def serving(bench: Bench, folder: Path, *, max_call_s: float = 30) -> Asyn
     )
     await server.add(
         model_service_pb2_grpc.add_ModelServiceServicer_to_server,
-        ModelServicer(parser, bench.router),
+        ModelServicer(parser, bench.models),
         "llmos.gateway.v1.ModelService",
+    )
+    view = PolicyView(
+        bench.authorisation,
+        bench.models,
+        max_request_bytes=settings.max_message_bytes,
+        max_tokens=MAX_TOKENS_LIMIT,
+    )
+    await server.add(
+        policy_service_pb2_grpc.add_PolicyServiceServicer_to_server,
+        PolicyServicer(view),
+        "llmos.gateway.v1.PolicyService",
     )
     await add_pending(server)
     await server.start()

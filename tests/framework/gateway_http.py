@@ -7,7 +7,6 @@ from contextlib import asynccontextmanager
 
 import openai
 
-from services.gateway import authorisation
 from services.gateway.http import HttpEdge
 from services.gateway.http_server import HttpLimits, HttpServer
 from services.gateway.request import RequestParser
@@ -16,6 +15,7 @@ from services.mesh.errors import CredentialInvalid
 from services.mesh.health import Health
 from services.mesh.interceptors import Chain, server_chain
 from services.mesh.running import RunningCalls
+from services.mesh.source_address import TrustedProxies
 from services.mesh.tls import TlsFiles
 from services.mesh.tokens import bearer
 from tests.framework.gateway_fakes import ALICE, Bench
@@ -52,7 +52,11 @@ def chain_of(bench: Bench, *, max_call_s: float = 30) -> Chain:
     )
     return Chain(
         chain.links
-        | {"audit": bench.trail.link, "revoked": bench.credentials.link, "authorise": authorisation.link}
+        | {
+            "audit": bench.trail.link,
+            "revoked": bench.credentials.link,
+            "authorise": bench.authorisation.link,
+        }
     )
 
 
@@ -93,10 +97,11 @@ async def serving(
         chain=chain_of(bench, max_call_s=max_call_s),
         parser=RequestParser(max_tokens_limit=max_tokens_limit),
         completions=bench.completions,
-        router=bench.router,
+        models=bench.models,
         health=health,
         clock=bench.clock,
         max_body_bytes=MAX_BODY_BYTES,
+        proxies=TrustedProxies(bench.proxies),
     )
     server = HttpServer(edge.app(), host="127.0.0.1", port=0, running=running, limits=limits, tls=tls)
     await server.start()

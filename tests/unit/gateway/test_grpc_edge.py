@@ -18,9 +18,9 @@ from llmos.gateway.v1 import (
     task_service_pb2,
 )
 
-from services.gateway import authorisation
 from services.gateway.generation import Capability, Delta, EngineStarted, FinishReason, Role
 from services.mesh import errors, status
+from services.mesh.actions import ACTIONS
 from services.mesh.events import Outcome
 from tests.framework.gateway_fakes import Bench, FakeReplica, Gate
 from tests.framework.gateway_grpc import AUTH, serving
@@ -112,11 +112,12 @@ async def test_what_is_not_offered_is_named(field: str, value: object, tmp_path:
 async def test_every_method_is_listed_and_what_is_not_there_yet_says_so(tmp_path: Path) -> None:
     bench = Bench([FakeReplica()])
     async with serving(bench, tmp_path) as channel:
-        for method, scope in authorisation.SCOPES.items():
-            if scope != authorisation.SIGNED_IN and not method.endswith(("ResumeGenerate", "CancelGenerate")):
+        for method, action in ACTIONS.items():
+            pending = method.endswith(("ResumeGenerate", "CancelGenerate"))
+            if (action.scopes and not pending) or "PolicyService" in method:
                 continue
             # Field 1 of the two that are validated first is an id.
-            body = b"\n\x01x" if scope else b""
+            body = b"\n\x01x" if pending else b""
             call = channel.unary_stream(method)(body, metadata=AUTH)
             with pytest.raises(grpc.aio.AioRpcError) as raised:
                 await call.read()
@@ -128,7 +129,7 @@ async def test_every_method_is_listed_and_what_is_not_there_yet_says_so(tmp_path
             assert isinstance(status.from_rpc_error(anonymous.value), errors.CredentialMissing)
     assert {event.error_reason for event in bench.audit.ended} == {"NOT_IMPLEMENTED"}
     assert not bench.audit.started
-    listed = {name.rpartition("/")[2] for name in authorisation.SCOPES}
+    listed = {name.rpartition("/")[2] for name in ACTIONS}
     for service in task_service_pb2.DESCRIPTOR.services_by_name.values():
         assert {method.name for method in service.methods} <= listed
 

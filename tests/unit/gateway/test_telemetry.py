@@ -16,7 +16,7 @@ from services.gateway.completion import Completions
 from services.gateway.generation import Message, Prompt, Role
 from services.gateway.telemetry import Instruments
 from services.mesh import errors
-from tests.framework.gateway_fakes import Bench, FakeReplica, generation
+from tests.framework.gateway_fakes import MAX_TOKENS_LIMIT, Bench, FakeReplica, generation
 
 CANARY = "canary-text"
 
@@ -32,10 +32,12 @@ class Observed:
         tracers.add_span_processor(SimpleSpanProcessor(self.spans))
         meters = MeterProvider(metric_readers=[self.reader])
         self.bench.completions = Completions(
+            authorisation=self.bench.authorisation,
             admission=self.bench.admission,
             router=self.bench.router,
             clock=self.bench.clock,
             instruments=Instruments(self.bench.clock, tracers=tracers, meters=meters),
+            max_tokens_limit=MAX_TOKENS_LIMIT,
         )
 
     async def generate(self, **changes: object) -> None:
