@@ -77,7 +77,8 @@ def _import(entry: Mapping[str, Any]) -> Mapping[str, Key]:
     try:
         # only what a public key needs: a private part, sent by mistake, goes no further
         key: Key = cls.import_key({"kty": kty} | {name: entry[name] for name in members})
-        if isinstance(key, RSAKey) and not _is_fit(key.public_key):
+        public = key.public_key  # reads the numbers: before that, only their names were looked at
+        if isinstance(public, RSAPublicKey) and not _is_fit(public):
             return {}
     except (JoseError, ValueError, TypeError):
         return {}

@@ -13,6 +13,7 @@ import pytest
 from cryptography.hazmat.primitives.asymmetric import ec
 
 from deploy.dev.certs import CertificateAuthority
+from services.auth.providers import signature
 from services.auth.providers.discovery import MAX_DOCUMENT_BYTES, MAX_JWKS_BYTES, is_issuer
 from services.auth.providers.fetching import Fetcher, FetchError
 from services.mesh.app import StartError
@@ -181,6 +182,7 @@ class TestDiscovery:
     async def test_keys_that_are_of_no_use_are_passed_over(self, corp: Trust) -> None:
         honest = corp.provider.key
         p384 = SigningKey("p384", ec.generate_private_key(ec.SECP384R1()), "ES384")
+        p256 = SigningKey("p256", ec.generate_private_key(ec.SECP256R1()), "ES256")
         useless = [
             SigningKey("small", rsa_key(50, 1024)).jwk(),
             p384.jwk(),
@@ -189,6 +191,9 @@ class TestDiscovery:
             honest.jwk(kid="rs512", alg="RS512"),
             honest.jwk(kid="broken", n="!"),
             honest.jwk(kid="no n", n=None),
+            p256.jwk(kid="off the curve", y=p256.jwk()["x"]),
+            {"kty": "OKP", "crv": "Ed25519", "kid": "short", "x": "AAAA"},
+            {"kty": "OKP", "crv": "Ed448", "kid": "Ed448", "x": "AAAA"},
             honest.jwk(kid="exponent", e="A" * 300 + "Q"),
             honest.jwk(kid="kty", kty=["RSA"]),
             honest.jwk(kid=None),
@@ -196,6 +201,8 @@ class TestDiscovery:
         ]
         corp.provider.answers[JWKS] = Answer(json.dumps({"keys": [*useless, honest.jwk()]}).encode())
         await corp.person()
+        keys = signature.parse_jwks(json.dumps({"keys": [*useless, honest.jwk()]}).encode())
+        assert {kid: set(algorithms) for kid, algorithms in keys.items()} == {"key-1": {"RS256", "PS256"}}
         small = SigningKey("small", rsa_key(50, 1024))
         for kid in ("small", "encrypts", "hs", "rs512", "exponent", "secret"):
             key = small if kid == "small" else replace(honest, kid=kid)
