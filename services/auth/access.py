@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from enum import Enum, auto
 
 from services.auth.administration.callers import administrator
@@ -41,8 +41,16 @@ RULES: Mapping[str, Rule] = {
 class AccessControl:
     """This service's authenticator; `verifier` is for the audience of auth."""
 
-    def __init__(self, verifier: Verifier, store: Store, clock: Clock) -> None:
+    def __init__(
+        self,
+        verifier: Verifier,
+        store: Store,
+        clock: Clock,
+        revoked: Callable[[Identity], None] | None = None,
+    ) -> None:
+        """`revoked` is asked for each asserted identity, and raises CredentialRevoked; None: none ever is."""
         self._verifier = verifier
+        self._revoked = revoked
         self._store = store
         self._clock = clock
 
@@ -69,6 +77,8 @@ class AccessControl:
         identity = asserted_identity(metadata, verified)
         if identity is None:
             raise PolicyDenied("A service administers nothing on its own account.")
+        if self._revoked is not None:
+            self._revoked(identity)
         await self._require_administrator(identity)
         return Caller(identity, verified.subject)
 

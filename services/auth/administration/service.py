@@ -109,8 +109,9 @@ class Administration:
             limit=size + 1,
         )
         page = found[:size]
-        more = len(found) > size
-        return page, paging.token_before_place(page[-1].version, page[-1].index) if more else ""
+        token = paging.token_before_place(page[-1].version, page[-1].index) if len(found) > size else ""
+        # of a tenant's things its administrator does not see the identity providers
+        return [one for one in page if asking.is_admin or one.kind is not Kind.IDENTITY_PROVIDER], token
 
     # -- changing ----------------------------------------------------------------------------------------
 
