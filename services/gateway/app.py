@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 
 from google.protobuf.descriptor import ServiceDescriptor
+from llmos.auth.v1 import admin_service_pb2_grpc, token_service_pb2_grpc
 from llmos.gateway.v1 import (
     embedding_service_pb2,
     embedding_service_pb2_grpc,
@@ -18,6 +19,8 @@ from llmos.gateway.v1 import (
 )
 from llmos.logging.v1 import audit_service_pb2_grpc
 
+from services.gateway.administration.clients import GrpcAdministration
+from services.gateway.administration.servicer import AdminServicer
 from services.gateway.admission import Admission
 from services.gateway.auditing import AuditTrail
 from services.gateway.authentication import GatewayAuthenticator, OpenMethodGuard
@@ -29,6 +32,10 @@ from services.gateway.http import HttpEdge
 from services.gateway.http_server import HttpLimits, HttpServer
 from services.gateway.keys import KeyRing
 from services.gateway.models import Models
+from services.gateway.oauth.clients import AuthTokens, GrpcTokens
+from services.gateway.oauth.http import OAuthRoutes
+from services.gateway.oauth.outcomes import Outcomes
+from services.gateway.oauth.servicer import TokenServicer
 from services.gateway.policy_view import PolicyView
 from services.gateway.request import RequestParser
 from services.gateway.routing import Replica, Router
@@ -148,6 +155,7 @@ async def build(settings: GatewaySettings, clock: Clock) -> App:
     )
     keys = KeyRing(
         GrpcAuth(auth),
+        verifier,
         clock,
         max_entries=settings.key_cache_max_entries,
         refusal_ttl_s=settings.key_refusal_ttl_s,
@@ -223,7 +231,27 @@ async def build(settings: GatewaySettings, clock: Clock) -> App:
         AuditServicer(GrpcAuditLog(log)),
         "llmos.logging.v1.AuditService",
     )
+    await server.add(
+        admin_service_pb2_grpc.add_AdminServiceServicer_to_server,
+        AdminServicer(GrpcAdministration(auth)),
+        "llmos.auth.v1.AdminService",
+    )
+    auth_tokens, outcomes = AuthTokens(auth, clock), Outcomes(trail)
+    await server.add(
+        token_service_pb2_grpc.add_TokenServiceServicer_to_server,
+        TokenServicer(auth_tokens, outcomes),
+        "llmos.auth.v1.TokenService",
+    )
     await add_pending(server)
+    oauth = OAuthRoutes(
+        chain=chain,
+        tokens=GrpcTokens(auth_tokens),
+        outcomes=outcomes,
+        clock=clock,
+        issuer=settings.issuer,
+        public_url=settings.public_url,
+        proxies=proxies,
+    )
     edge = HttpEdge(
         chain=chain,
         parser=parser,
@@ -232,6 +260,7 @@ async def build(settings: GatewaySettings, clock: Clock) -> App:
         health=health,
         clock=clock,
         max_body_bytes=settings.http_max_body_bytes,
+        routes=oauth.routes(),
         proxies=proxies,
     )
     http = HttpServer(
