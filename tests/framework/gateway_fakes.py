@@ -36,7 +36,13 @@ from services.gateway.telemetry import Instruments
 from services.mesh.clock import Clock, SystemClock
 from services.mesh.context import Caller, Identity, RequestContext
 from services.mesh.decision import PolicyEngine
-from services.mesh.errors import CredentialExpired, CredentialRevoked, LlmosError, ReplicaLost
+from services.mesh.errors import (
+    CredentialExpired,
+    CredentialInvalid,
+    CredentialRevoked,
+    LlmosError,
+    ReplicaLost,
+)
 from services.mesh.events import Edge, RequestEnded, RequestStarted
 from services.mesh.policy import (
     BUILT_IN_PLANS,
@@ -57,6 +63,9 @@ MODEL = Model(
 ALICE = Identity("acme", "alice", "key_1", frozenset({"generate", "models.read", "audit.read"}))
 
 
+KEY = "alice-key"
+NOBODY = Identity("acme", "nobody")
+"""Has no scope."""
 MAX_TOKENS_LIMIT = 4096
 
 
@@ -199,6 +208,8 @@ class FakeAuth:
             await self.gate.passing()
         if self.error is not None:
             raise self.error
+        if api_key not in self.keys:
+            raise CredentialInvalid("not known")
         token = f"token-{self.exchanges}"
         self._tokens[token] = (self.keys[api_key], self.clock.now() + timedelta(seconds=self.lifetime_s))
         return token
@@ -245,6 +256,8 @@ class Bench:
     clock: Clock = field(default_factory=SystemClock)
     audit: FakeAudit = field(default_factory=FakeAudit)
     proxies: Sequence[Network] = ()
+    callers: dict[str, Identity] = field(default_factory=lambda: {KEY: ALICE, "nobody-key": NOBODY})
+    """By their API keys."""
     policy: FixedPolicy = field(default_factory=lambda: fixed_policy())
 
     def __post_init__(self) -> None:

@@ -10,7 +10,7 @@ import openai
 from services.gateway.http import HttpEdge
 from services.gateway.http_server import HttpLimits, HttpServer
 from services.gateway.request import RequestParser
-from services.mesh.context import Caller, Identity
+from services.mesh.context import Caller
 from services.mesh.errors import CredentialInvalid
 from services.mesh.health import Health
 from services.mesh.interceptors import Chain, server_chain
@@ -18,9 +18,8 @@ from services.mesh.running import RunningCalls
 from services.mesh.source_address import TrustedProxies
 from services.mesh.tls import TlsFiles
 from services.mesh.tokens import bearer
-from tests.framework.gateway_fakes import ALICE, Bench
+from tests.framework.gateway_fakes import KEY, Bench
 
-KEY = "alice-key"
 LIMITS = HttpLimits(
     max_connections=64,
     max_head_bytes=16 * 1024,
@@ -31,18 +30,15 @@ LIMITS = HttpLimits(
 MAX_BODY_BYTES = 4 * 1024 * 1024
 
 
-async def authenticate(method: str, metadata: Mapping[str, str | bytes], source: str) -> Caller:
-    """Knows the key of `ALICE`, and `nobody-key`, which has no scope."""
-    match bearer(metadata):
-        case "alice-key":
-            return Caller(ALICE)
-        case "nobody-key":
-            return Caller(Identity("acme", "nobody"))
-    raise CredentialInvalid("The API key was refused.")
-
-
 def chain_of(bench: Bench, *, max_call_s: float = 30) -> Chain:
-    """The gateway's chain, with the bench's audit."""
+    """The gateway's chain, with the bench's callers, audit and policy."""
+
+    async def authenticate(method: str, metadata: Mapping[str, str | bytes], source: str) -> Caller:
+        identity = bench.callers.get(bearer(metadata))
+        if identity is None:
+            raise CredentialInvalid("The API key was refused.")
+        return Caller(identity)
+
     chain = server_chain(
         clock=bench.clock,
         running=bench.running,
