@@ -48,6 +48,7 @@ from services.gateway.servicer import (
 )
 from services.gateway.settings import GatewaySettings
 from services.gateway.telemetry import Instruments
+from services.mesh.actions import OPEN_METHODS
 from services.mesh.app import App, Closing
 from services.mesh.auth_client import GrpcJwks, own_tokens
 from services.mesh.channel import Channel
@@ -165,6 +166,7 @@ async def build(settings: GatewaySettings, clock: Clock) -> App:
         clock=clock,
         running=running,
         authenticator=GatewayAuthenticator(verifier, keys, spool, slowdown),
+        open_methods=OPEN_METHODS,
         watch_methods=frozenset({"/llmos.logging.v1.AuditService/Tail"}),
         max_call_s=settings.max_call_s,
         adopt_request_id=False,

@@ -19,6 +19,7 @@ from datetime import datetime
 from services.gateway.generation import FinishReason, Usage
 from services.gateway.ports import AuditPort
 from services.mesh import events
+from services.mesh.actions import OPEN_METHODS
 from services.mesh.clock import Clock
 from services.mesh.context import Identity, RequestContext
 from services.mesh.errors import (
@@ -182,7 +183,10 @@ class AuditTrail:
 
     @asynccontextmanager
     async def link(self, call: Call) -> AsyncIterator[None]:
-        """The link, for the chain."""
+        """The link, for the chain. An open method writes its own, once it is known whose request it was."""
+        if call.context.method in OPEN_METHODS:
+            yield
+            return
         async with self.around(call.context, _EDGES[call.protocol]):
             yield
 

@@ -35,9 +35,7 @@ from services.gateway.generation import (
     ValidGeneration,
     ValidPrompt,
 )
-from services.gateway.ports import ExchangedKey
 from services.mesh.channel import Channel
-from services.mesh.context import Identity
 from services.mesh.errors import DependencyUnavailable, ReplicaLost
 
 _SAMPLING = (
@@ -53,14 +51,11 @@ class GrpcAuth:
         self._stub = token_service_pb2_grpc.TokenServiceStub(channel)
         self._timeout_s = timeout_s
 
-    async def exchange(self, api_key: str) -> ExchangedKey:
+    async def exchange(self, api_key: str) -> str:
         request = token_service_pb2.VerifyApiKeyRequest(api_key=api_key)
         response = await self._stub.VerifyApiKey(request, timeout=self._timeout_s)
-        found = response.identity
-        return ExchangedKey(
-            Identity(found.tenant_id, found.client_id, found.key_id, frozenset(found.scopes)),
-            response.access_token.expire_time.ToDatetime(tzinfo=UTC),
-        )
+        token: str = response.access_token.token
+        return token
 
 
 class GrpcInference:

@@ -7,7 +7,7 @@ scopes and errors are not written twice.
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Sequence
 from contextlib import aclosing
 
 import msgspec
@@ -16,7 +16,7 @@ from starlette.applications import Starlette
 from starlette.exceptions import HTTPException
 from starlette.requests import Request
 from starlette.responses import Response
-from starlette.routing import Route
+from starlette.routing import BaseRoute, Route
 
 from services.gateway import http_errors, openai, openai_answers
 from services.gateway.auditing import RequestRecord, current_record
@@ -59,6 +59,7 @@ class HttpEdge:
         health: Health,
         clock: Clock,
         max_body_bytes: int,
+        routes: Sequence[BaseRoute] = (),
         proxies: TrustedProxies = NO_PROXIES,
     ) -> None:
         self._chain = chain
@@ -68,6 +69,7 @@ class HttpEdge:
         self._health = health
         self._clock = clock
         self._max_body_bytes = max_body_bytes
+        self._routes = routes
         self._proxies = proxies
 
     def app(self) -> Starlette:
@@ -81,6 +83,7 @@ class HttpEdge:
                 Route("/v1/models", audited(LIST_MODELS, self._list_models), methods=["GET"]),
                 Route("/v1/models/{id:path}", audited(GET_MODEL, self._get_model), methods=["GET"]),
                 Route("/v1/chat/completions", audited(GENERATE, self._chat), methods=["POST"]),
+                *self._routes,
             ],
             exception_handlers={HTTPException: _refused},
         )

@@ -55,6 +55,11 @@ class Exchange:
         """Whether the caller was cut off since it read nothing."""
         return bool(getattr(self.scope.get("llmos.connection"), "stalled", False))
 
+    @property
+    def answered(self) -> bool:
+        """Whether an answer has begun."""
+        return self._begun
+
     async def body(self, max_bytes: int) -> bytes:
         """The whole body. Raises MessageTooLarge, or Cancelled where the caller leaves meanwhile."""
         declared = self.headers.get("content-length", "")

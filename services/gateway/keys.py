@@ -1,4 +1,7 @@
-"""API keys: each is exchanged once with auth, and what it stands for is remembered for a while.
+"""API keys: each is exchanged once with auth, and the token that it stands for is remembered for a while.
+
+That token is verified here as any other, each time, so a key has no way of its own past what is checked of
+tokens: revocation, the end of its life, the key that signed it.
 
 The memory is keyed by the SHA-256 of the whole key and bounded; the least recently used go first. Many
 requests with one unknown key cause one exchange. Bad keys are remembered for a few seconds, so that a
@@ -14,12 +17,13 @@ import zlib
 from collections import OrderedDict
 from dataclasses import dataclass
 
-from services.gateway.ports import AuthPort, ExchangedKey
+from services.gateway.ports import AuthPort, VerifierPort
 from services.mesh.clock import Clock
 from services.mesh.context import Identity
 from services.mesh.errors import (
     Cancelled,
     CredentialInvalid,
+    CredentialRevoked,
     DeadlineExceeded,
     DependencyUnavailable,
     LlmosError,
@@ -64,6 +68,7 @@ class KeyRing:
     def __init__(
         self,
         auth: AuthPort,
+        verifier: VerifierPort,
         clock: Clock,
         *,
         max_entries: int = 10_000,
@@ -71,13 +76,15 @@ class KeyRing:
         refusal_ttl_s: float = 5.0,
     ) -> None:
         self._auth = auth
+        self._verifier = verifier
         self._clock = clock
         self._max_entries = max_entries
         self._max_in_flight = max_in_flight
         self._refusal_ttl_s = refusal_ttl_s
-        self._known: OrderedDict[bytes, ExchangedKey] = OrderedDict()
+        self._known: OrderedDict[bytes, str] = OrderedDict()
+        """Tokens, by the digest of the key that they stand for."""
         self._refused: OrderedDict[bytes, _Bad] = OrderedDict()
-        self._flights: dict[bytes, asyncio.Task[ExchangedKey]] = {}
+        self._flights: dict[bytes, asyncio.Task[str]] = {}
 
     async def identity(self, api_key: str) -> Identity:
         """Whom the key stands for. Raises one of the UNAUTHENTICATED errors, or DependencyUnavailable where
@@ -88,18 +95,33 @@ class KeyRing:
                 hint="Compare it with the original: a character is missing or wrong.",
             )
         digest = hashlib.sha256(api_key.encode("ascii")).digest()
+        revoked: CredentialRevoked | None = None
         known = self._known.get(digest)
         if known is not None:
-            if self._clock.now() < known.expires_at:
-                self._known.move_to_end(digest)
-                return known.identity
-            del self._known[digest]
+            try:
+                verified = await self._verifier.verify(known)
+            except LlmosError as error:
+                if error.status is not Status.UNAUTHENTICATED:
+                    raise
+                # Expired, or of a key that no longer signs, or revoked: then auth knows whether the key is.
+                self._known.pop(digest, None)
+                revoked = error if isinstance(error, CredentialRevoked) else None
+            else:
+                if digest in self._known:
+                    self._known.move_to_end(digest)
+                return verified.identity()
         refused = self._refused.get(digest)
         if refused is not None:
             if self._clock.monotonic() < refused.until_s:
                 raise refused.error("The API key was refused.")
             del self._refused[digest]
-        return (await self._exchanged(digest, api_key)).identity
+        try:
+            token = await self._exchanged(digest, api_key)
+        except DependencyUnavailable:
+            if revoked is not None:
+                raise revoked from None
+            raise
+        return (await self._verifier.verify(token)).identity()
 
     async def close(self) -> None:
         """Ends exchanges that run."""
@@ -108,7 +130,7 @@ class KeyRing:
             flight.cancel()
         await asyncio.gather(*flights, return_exceptions=True)
 
-    async def _exchanged(self, digest: bytes, api_key: str) -> ExchangedKey:
+    async def _exchanged(self, digest: bytes, api_key: str) -> str:
         while True:
             flight = self._flights.get(digest)
             mine = flight is None
@@ -127,9 +149,9 @@ class KeyRing:
                 if mine:
                     raise
 
-    async def _exchange(self, digest: bytes, api_key: str) -> ExchangedKey:
+    async def _exchange(self, digest: bytes, api_key: str) -> str:
         try:
-            found = await self._auth.exchange(api_key)
+            token = await self._auth.exchange(api_key)
         except LlmosError as error:
             if error.status is Status.UNAUTHENTICATED:
                 until_s = self._clock.monotonic() + self._refusal_ttl_s
@@ -137,13 +159,13 @@ class KeyRing:
                 while len(self._refused) > self._max_entries:
                     self._refused.popitem(last=False)
             raise
-        self._known[digest] = found
+        self._known[digest] = token
         while len(self._known) > self._max_entries:
             self._known.popitem(last=False)
-        return found
+        return token
 
 
-def _seen(flight: asyncio.Task[ExchangedKey]) -> None:
+def _seen(flight: asyncio.Task[str]) -> None:
     """Takes note of a fault that nobody waits for any more."""
     if not flight.cancelled():
         flight.exception()

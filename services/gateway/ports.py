@@ -4,13 +4,11 @@ the audit port, and tests have fakes in memory."""
 from __future__ import annotations
 
 from collections.abc import AsyncGenerator
-from dataclasses import dataclass
-from datetime import datetime
 from typing import Protocol
 
 from services.gateway.generation import EngineEvent, Model, TokenCount, ValidGeneration, ValidPrompt
-from services.mesh.context import Identity
 from services.mesh.events import RequestEnded, RequestStarted
+from services.mesh.tokens import VerifiedToken
 
 
 class InferencePort(Protocol):
@@ -32,21 +30,21 @@ class InferencePort(Protocol):
         """Whether the replica says that it serves. Ends within a deadline of its own, and raises nothing."""
 
 
-@dataclass(frozen=True, slots=True)
-class ExchangedKey:
-    """What an API key stands for."""
-
-    identity: Identity
-    expires_at: datetime
-    """Until then the answer may be used again."""
-
-
 class AuthPort(Protocol):
     """The auth service."""
 
-    async def exchange(self, api_key: str) -> ExchangedKey:
-        """Raises one of the UNAUTHENTICATED errors for a bad key, DependencyUnavailable where auth does not
+    async def exchange(self, api_key: str) -> str:
+        """An access token for the gateway, which stands for the key.
+
+        Raises one of the UNAUTHENTICATED errors for a bad key, DependencyUnavailable where auth does not
         answer."""
+
+
+class VerifierPort(Protocol):
+    """What proves access tokens: `services.mesh.tokens.Verifier`."""
+
+    async def verify(self, token: str) -> VerifiedToken:
+        """Raises CredentialInvalid, CredentialExpired, CredentialRevoked or DependencyUnavailable."""
 
 
 class AuditPort(Protocol):

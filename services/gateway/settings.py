@@ -57,6 +57,9 @@ class GatewaySettings(KafkaSettings):
     """What the audit spool may hold on disk."""
     spool_max_events: int = Field(default=200_000, ge=1000)
 
+    public_url: str = ""
+    """Where clients find the HTTP edge, such as `https://api.example`; empty: at `issuer`. The metadata of
+    OAuth2 (RFC 8414) names the endpoints below it."""
     trusted_proxies: Annotated[tuple[IPv4Network | IPv6Network, ...], NoDecode] = ()
     """CIDR blocks of the proxies before the gateway, with commas: what they say in `x-forwarded-for` about
     whom they call for is believed. None: the header means nothing."""

@@ -88,6 +88,8 @@ ACTIONS: Mapping[str, Action] = {
         ),
     )
 }
+GET_JWKS = "/llmos.auth.v1.TokenService/GetJwks"
+"""The only open method whose request holds no credential."""
 OPEN_METHODS = frozenset(
     f"/llmos.auth.v1.TokenService/{method}"
     for method in ("IssueToken", "ExchangeToken", "IntrospectToken", "RevokeToken", "GetJwks")

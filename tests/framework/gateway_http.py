@@ -9,7 +9,11 @@ import openai
 
 from services.gateway.http import HttpEdge
 from services.gateway.http_server import HttpLimits, HttpServer
+from services.gateway.oauth.http import OAuthRoutes
+from services.gateway.oauth.outcomes import Outcomes
+from services.gateway.oauth.ports import TokensPort
 from services.gateway.request import RequestParser
+from services.mesh.actions import OPEN_METHODS
 from services.mesh.context import Caller
 from services.mesh.errors import CredentialInvalid
 from services.mesh.health import Health
@@ -19,6 +23,7 @@ from services.mesh.source_address import TrustedProxies
 from services.mesh.tls import TlsFiles
 from services.mesh.tokens import bearer
 from tests.framework.gateway_fakes import KEY, Bench
+from tests.framework.oauth_fakes import FakeTokens
 
 LIMITS = HttpLimits(
     max_connections=64,
@@ -27,6 +32,8 @@ LIMITS = HttpLimits(
     idle_timeout_s=5,
     write_timeout_s=5,
 )
+ISSUER = "https://login.llmos.example/one"
+PUBLIC_URL = "https://api.llmos.example/"
 MAX_BODY_BYTES = 4 * 1024 * 1024
 
 
@@ -43,6 +50,7 @@ def chain_of(bench: Bench, *, max_call_s: float = 30) -> Chain:
         clock=bench.clock,
         running=bench.running,
         authenticator=authenticate,
+        open_methods=OPEN_METHODS,
         max_call_s=max_call_s,
         adopt_request_id=False,
     )
@@ -86,17 +94,28 @@ async def serving(
     tls: TlsFiles | None = None,
     max_call_s: float = 30,
     max_tokens_limit: int = 4096,
+    tokens: TokensPort | None = None,
 ) -> AsyncIterator[HttpBench]:
     running = bench.running
     health = Health()
+    chain = chain_of(bench, max_call_s=max_call_s)
+    oauth = OAuthRoutes(
+        chain=chain,
+        tokens=tokens or FakeTokens(),
+        outcomes=Outcomes(bench.trail),
+        clock=bench.clock,
+        issuer=ISSUER,
+        public_url=PUBLIC_URL,
+    )
     edge = HttpEdge(
-        chain=chain_of(bench, max_call_s=max_call_s),
+        chain=chain,
         parser=RequestParser(max_tokens_limit=max_tokens_limit),
         completions=bench.completions,
         models=bench.models,
         health=health,
         clock=bench.clock,
         max_body_bytes=MAX_BODY_BYTES,
+        routes=oauth.routes(),
         proxies=TrustedProxies(bench.proxies),
     )
     server = HttpServer(edge.app(), host="127.0.0.1", port=0, running=running, limits=limits, tls=tls)

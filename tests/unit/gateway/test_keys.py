@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+from ipaddress import ip_network
 
 import pytest
 from hypothesis import given
@@ -14,6 +15,7 @@ from services.gateway.keys import KeyRing, is_well_formed
 from services.mesh import errors
 from services.mesh.clock import ManualClock
 from services.mesh.context import Identity
+from services.mesh.slowdown import Slowdown
 from tests.framework.gateway_fakes import ALICE, FakeAudit, FakeAuth, Gate
 
 TIMEOUT_S = 5
@@ -25,7 +27,7 @@ class Setup:
         self.auth = FakeAuth(self.clock)
         self.key = auth_keys.new_api_key()
         self.auth.keys[self.key] = ALICE
-        self.ring = KeyRing(self.auth, self.clock, **limits)  # type: ignore[arg-type]
+        self.ring = KeyRing(self.auth, self.auth, self.clock, **limits)  # type: ignore[arg-type]
 
 
 @given(st.integers(0, 41), st.characters(min_codepoint=33, max_codepoint=1000))
@@ -61,6 +63,46 @@ async def test_while_auth_is_away_known_keys_work_until_they_expire() -> None:
     await setup.clock.advance(1)
     with pytest.raises(errors.DependencyUnavailable):
         await setup.ring.identity(setup.key)
+
+
+async def test_r23_a_revoked_token_makes_auth_say_whether_the_key_is() -> None:
+    setup = Setup()
+    await setup.ring.identity(setup.key)
+    setup.auth.revoked.add("token-1")
+    assert await setup.ring.identity(setup.key) == ALICE
+    assert setup.auth.exchanges == 2
+    setup.auth.revoked.add("token-2")
+    setup.auth.error = errors.CredentialRevoked("the key too")
+    for _ in range(3):
+        with pytest.raises(errors.CredentialRevoked):
+            await setup.ring.identity(setup.key)
+    assert setup.auth.exchanges == 3
+
+
+async def test_r23_what_is_known_as_revoked_is_refused_while_auth_is_away() -> None:
+    setup = Setup()
+    await setup.ring.identity(setup.key)
+    setup.auth.revoked.add("token-1")
+    setup.auth.error = errors.DependencyUnavailable("down")
+    with pytest.raises(errors.CredentialRevoked):
+        await setup.ring.identity(setup.key)
+
+
+async def test_a_key_has_all_that_its_token_says() -> None:
+    setup = Setup()
+    setup.auth.keys[setup.key] = limited = Identity(
+        "acme",
+        "alice",
+        "key_1",
+        frozenset({"generate"}),
+        roles=frozenset({"user"}),
+        direct_scopes=frozenset(),
+        models=("a*",),
+        addresses=(ip_network("10.0.0.0/8"),),
+        token_id="t",
+        issued_at_s=1,
+    )
+    assert await setup.ring.identity(setup.key) == limited
 
 
 async def test_a_malformed_key_never_reaches_auth() -> None:
@@ -135,7 +177,8 @@ async def test_the_memory_is_bounded() -> None:
 async def test_refusals_are_counted_by_source() -> None:
     setup = Setup()
     audit = FakeAudit()
-    authenticate = GatewayAuthenticator(None, setup.ring, audit)  # type: ignore[arg-type]
+    slowdown = Slowdown(setup.clock)
+    authenticate = GatewayAuthenticator(None, setup.ring, audit, slowdown)  # type: ignore[arg-type]
     caller = await authenticate("/m", {"authorization": f"Bearer {setup.key}"}, "10.0.0.1")
     assert caller.identity == ALICE
     assert caller.peer_service is None
