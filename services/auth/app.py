@@ -13,6 +13,7 @@ from services.auth.administration.servicer import AdminServicer
 from services.auth.assertions import Assertions
 from services.auth.exchange import Exchange
 from services.auth.first_start import KeyFile, ensure_administrator
+from services.auth.guard import Guard
 from services.auth.introspection import Introspection
 from services.auth.last_use import LastUse
 from services.auth.own_tokens import OwnTokens
@@ -32,6 +33,7 @@ from services.mesh.health import Health
 from services.mesh.interceptors import Chain, server_chain
 from services.mesh.running import RunningCalls
 from services.mesh.server import GrpcServer
+from services.mesh.slowdown import Slowdown
 from services.mesh.tokens import Audience, Verifier
 
 
@@ -78,23 +80,25 @@ async def build(settings: AuthSettings, clock: Clock) -> App:
         ring, issuer=settings.issuer, audience=Audience.AUTH, clock=clock, revoked=hub.revoked.check
     )
 
+    guard = Guard(Slowdown(clock, free_failures=settings.free_failures), verifier)
+
     running = RunningCalls(settings.max_concurrent_calls)
     health = Health()
     links = server_chain(
         clock=clock,
         running=running,
-        authenticator=AccessControl(verifier, store, clock),
+        authenticator=AccessControl(verifier, store, clock, hub.revoked.check_identity),
         open_methods=OPEN_METHODS,
         watch_methods=WATCHES,
         max_call_s=settings.max_call_s,
         adopt_request_id=True,
     ).links
     administration = {method for method, rule in RULES.items() if rule is Rule.ADMINISTRATOR}
-    chain = Chain({**links, "tell": hub.link({*administration, REVOKE_TOKEN})})
+    chain = Chain({**links, "guard": guard.link, "tell": hub.link({*administration, REVOKE_TOKEN})})
     server = GrpcServer(settings, chain=chain, running=running, health=health)
     await server.add(
         token_service_pb2_grpc.add_TokenServiceServicer_to_server,
-        TokenServicer(exchange, introspection, ring, hub, settings.issuer),
+        TokenServicer(exchange, introspection, ring, hub, guard, settings.issuer),
         "llmos.auth.v1.TokenService",
     )
     await server.add(

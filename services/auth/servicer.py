@@ -10,6 +10,7 @@ from llmos.auth.v1 import token_service_pb2, token_service_pb2_grpc
 from llmos.common.v1 import identity_pb2
 
 from services.auth.exchange import Exchange, SubjectKind
+from services.auth.guard import Guard
 from services.auth.introspection import ClientProof, Introspection
 from services.auth.signing import KeyRing
 from services.auth.watching import Hub
@@ -44,12 +45,19 @@ class TokenServicer(token_service_pb2_grpc.TokenServiceServicer):
     """llmos.auth.v1.TokenService"""
 
     def __init__(
-        self, exchange: Exchange, introspection: Introspection, ring: KeyRing, hub: Hub, issuer: str
+        self,
+        exchange: Exchange,
+        introspection: Introspection,
+        ring: KeyRing,
+        hub: Hub,
+        guard: Guard,
+        issuer: str,
     ) -> None:
         self._exchange = exchange
         self._introspection = introspection
         self._ring = ring
         self._hub = hub
+        self._guard = guard
         self._issuer = issuer
         self._policy = token_service_pb2.WatchPolicyResponse()
         """The last one that held a policy: all watchers are sent the same."""
@@ -57,13 +65,14 @@ class TokenServicer(token_service_pb2_grpc.TokenServiceServicer):
     async def IssueToken(
         self, request: token_service_pb2.IssueTokenRequest, context: Any
     ) -> token_service_pb2.IssueTokenResponse:
-        signed = await self._exchange.by_secret(
-            request.client_id,
-            request.client_secret,
-            _AUDIENCES[request.audience],
-            request.scopes,
-            assertion=request.client_assertion,
-        )
+        with self._guard.attempt(request.client_id):
+            signed = await self._exchange.by_secret(
+                request.client_id,
+                request.client_secret,
+                _AUDIENCES[request.audience],
+                request.scopes,
+                assertion=request.client_assertion,
+            )
         return token_service_pb2.IssueTokenResponse(
             access_token=_access_token(signed),
             scopes=sorted(signed.scopes),
@@ -73,12 +82,11 @@ class TokenServicer(token_service_pb2_grpc.TokenServiceServicer):
     async def ExchangeToken(
         self, request: token_service_pb2.ExchangeTokenRequest, context: Any
     ) -> token_service_pb2.ExchangeTokenResponse:
-        signed = await self._exchange.exchange(
-            request.subject_token,
-            _SUBJECTS[request.subject_token_type],
-            _AUDIENCES[request.audience],
-            request.scopes,
-        )
+        kind = _SUBJECTS[request.subject_token_type]
+        with self._guard.attempt(request.subject_token if kind is SubjectKind.API_KEY else ""):
+            signed = await self._exchange.exchange(
+                request.subject_token, kind, _AUDIENCES[request.audience], request.scopes
+            )
         return token_service_pb2.ExchangeTokenResponse(
             access_token=_access_token(signed),
             scopes=sorted(signed.scopes),
@@ -96,7 +104,8 @@ class TokenServicer(token_service_pb2_grpc.TokenServiceServicer):
     async def IntrospectToken(
         self, request: token_service_pb2.IntrospectTokenRequest, context: Any
     ) -> token_service_pb2.IntrospectTokenResponse:
-        found = await self._introspection.introspect(_proof(request.client), request.token)
+        with self._guard.attempt(request.client.client_id):
+            found = await self._introspection.introspect(_proof(request.client), request.token)
         asked_by = _identity(found.asked_by)
         token = found.token
         if token is None:
@@ -121,7 +130,8 @@ class TokenServicer(token_service_pb2_grpc.TokenServiceServicer):
     async def RevokeToken(
         self, request: token_service_pb2.RevokeTokenRequest, context: Any
     ) -> token_service_pb2.RevokeTokenResponse:
-        asked_by = await self._introspection.revoke(_proof(request.client), request.token)
+        with self._guard.attempt(request.client.client_id):
+            asked_by = await self._introspection.revoke(_proof(request.client), request.token)
         return token_service_pb2.RevokeTokenResponse(asked_by=_identity(asked_by))
 
     async def GetJwks(

@@ -57,6 +57,9 @@ class AuthSettings(ServiceSettings):
     endpoint below it is an audience that clients may sign their assertions for (RFC 7523)."""
     provider_ca_file: Path | None = None
     """Authorities that certificates of identity providers may be from, besides the public ones."""
+    free_failures: int = Field(default=10, ge=1)
+    """So many wrong credentials from one address, or for one name, slow nobody down; more do, and one is
+    forgiven every minute. Not for what comes through the gateway, which counts itself."""
     access_token_ttl_s: int = Field(default=300, ge=10, le=MAX_LIFETIME_S)
     """How long a token lives."""
     revocation_cuts_streams: bool = False

@@ -1,35 +1,103 @@
-"""Who calls the gateway: the authenticator of its chain, for both edges."""
+"""Who calls the gateway: the authenticator of its chain, for both edges, and the guard of what is open.
+
+Whoever sends wrong credentials again and again is slowed down (`services.mesh.slowdown`), before a key is
+looked up or a signature checked. A credential that was accepted here is remembered and never slowed, also
+from an address that is, and also once what it stood for has to be asked for anew.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import hashlib
+from collections import OrderedDict
+from collections.abc import AsyncIterator, Mapping
+from contextlib import asynccontextmanager
 
-from services.gateway.keys import KeyRing, is_api_key
+from services.gateway.keys import PREFIX, KeyRing, is_api_key
 from services.gateway.ports import AuditPort
+from services.mesh.actions import OPEN_METHODS
 from services.mesh.context import Caller, Identity
-from services.mesh.errors import LlmosError
+from services.mesh.errors import CredentialInvalid, LlmosError
+from services.mesh.interceptors import Call
+from services.mesh.slowdown import Slowdown
 from services.mesh.tokens import Verifier, bearer
+
+_LOOKUP_CHARS = 8
+"""So many characters after `llmos_` name an API key."""
+PROVING_METHODS = OPEN_METHODS - {"/llmos.auth.v1.TokenService/GetJwks"}
+"""Their requests hold a credential."""
 
 
 class GatewayAuthenticator:
     """Takes an API key or an access token. Refusals are counted by source, and leave no record."""
 
-    def __init__(self, verifier: Verifier, keys: KeyRing, audit: AuditPort) -> None:
+    def __init__(
+        self,
+        verifier: Verifier,
+        keys: KeyRing,
+        audit: AuditPort,
+        slowdown: Slowdown,
+        *,
+        max_accepted: int = 20_000,
+    ) -> None:
+        """`max_accepted`: so many accepted credentials are remembered, the least recently used go first."""
         self._verifier = verifier
         self._keys = keys
         self._audit = audit
+        self._slowdown = slowdown
+        self._accepted: OrderedDict[bytes, None] = OrderedDict()
+        """By SHA-256 of the whole credential."""
+        self._max_accepted = max_accepted
 
     async def __call__(self, method: str, metadata: Mapping[str, str | bytes], source_address: str) -> Caller:
-        """Raises one of the UNAUTHENTICATED errors, PolicyDenied for a service's own token, or
-        DependencyUnavailable where auth must be asked and does not answer."""
+        """Raises one of the UNAUTHENTICATED errors, PolicyDenied for a service's own token, RateLimit where
+        too many were wrong, or DependencyUnavailable where auth must be asked and does not answer."""
         try:
-            return Caller(await self._identity(metadata))
+            return Caller(await self._identity(bearer(metadata), source_address))
         except LlmosError as error:
             self._audit.count_anonymous(source_address, error.reason)
             raise
 
-    async def _identity(self, metadata: Mapping[str, str | bytes]) -> Identity:
-        credential = bearer(metadata)
+    async def _identity(self, credential: str, source_address: str) -> Identity:
+        digest = hashlib.sha256(credential.encode("utf-8", "surrogatepass")).digest()
+        if digest in self._accepted:
+            self._accepted.move_to_end(digest)
+            try:
+                return await self._verified(credential)
+            except CredentialInvalid:
+                del self._accepted[digest]
+                raise
+        name = credential[len(PREFIX) : len(PREFIX) + _LOOKUP_CHARS] if is_api_key(credential) else ""
+        with self._slowdown.attempt(source_address, name):
+            identity = await self._verified(credential)
+        self._accepted[digest] = None
+        while len(self._accepted) > self._max_accepted:
+            self._accepted.popitem(last=False)
+        return identity
+
+    async def _verified(self, credential: str) -> Identity:
         if is_api_key(credential):
             return await self._keys.identity(credential)
         return (await self._verifier.verify(credential)).identity()
+
+
+class OpenMethodGuard:
+    """Slows those down whose requests to open methods hold wrong credentials, as a link of the chain."""
+
+    def __init__(self, audit: AuditPort, slowdown: Slowdown) -> None:
+        self._audit = audit
+        self._slowdown = slowdown
+
+    @asynccontextmanager
+    async def link(self, call: Call) -> AsyncIterator[None]:
+        """Raises RateLimit where the caller's address has to wait. Here the address alone counts; by the
+        client's id auth counts (`services.auth.guard`)."""
+        if call.context.method not in PROVING_METHODS:
+            yield
+            return
+        source_address = call.context.source_address
+        try:
+            with self._slowdown.attempt(source_address):
+                yield
+        except LlmosError as error:
+            self._audit.count_anonymous(source_address, error.reason)
+            raise

@@ -33,6 +33,9 @@ DEFAULTS = {
     # Deterministic, and told by directives in the prompt to be slow or to fail (docs/inference.md).
     "LLMOS_INFERENCE_BACKEND": "echo",
     "LLMOS_INFERENCE_ECHO_DIRECTIVES": "true",
+    # All tests come from one address, and many send wrong credentials on purpose; test_brute_force is strict.
+    "LLMOS_GATEWAY_FREE_FAILURES": "1000000",
+    "LLMOS_AUTH_FREE_FAILURES": "1000000",
 }
 
 
