@@ -9,6 +9,7 @@ How a request flows: `access` tells who calls which method, `servicer` turns mes
 
 - `settings`, `app`, `__main__`: how the process is told, put together and started
 - `keys`: the form of API keys and client secrets; `service_secrets`: those of the four services
+- `providers`: proves tokens of corporate identity providers; `people`: makes clients of those they prove
 - `first_start`: makes the administrator, once
 - `stores/sqlite`, `stores/memory`: the store
 """

@@ -6,6 +6,7 @@ from __future__ import annotations
 from collections.abc import AsyncIterator
 from typing import Any
 
+import httpx
 import pytest
 from llmos.auth.v1 import admin_service_pb2, admin_service_pb2_grpc, resource_pb2, token_service_pb2
 from llmos.auth.v1.token_service_pb2_grpc import TokenServiceStub
@@ -158,3 +159,34 @@ async def test_keys_at_hand_do_while_the_provider_is_away(corporation: Corporati
     await corporation.exchange(alice)
     await corporation.provider.stop()
     assert (await corporation.exchange(program)).roles == {"user"}
+
+
+async def test_over_http_at_the_gateway(corporation: Corporation) -> None:
+    mesh, provider = corporation.mesh, corporation.provider
+    await corporation.trust()
+    await mesh.start("inference", "gateway")
+    async with httpx.AsyncClient(base_url=mesh.http_url(), trust_env=False, timeout=30) as client:
+
+        async def exchange(token: str, kind: str) -> httpx.Response:
+            form = {
+                "grant_type": "urn:ietf:params:oauth:grant-type:token-exchange",
+                "subject_token": token,
+                "subject_token_type": f"urn:ietf:params:oauth:token-type:{kind}",
+            }
+            return await client.post("/oauth2/token", data=form)
+
+        for token, kind in (
+            (await provider.token_of("alice"), "id_token"),
+            (await provider.token_of_a_program(), "jwt"),
+        ):
+            answer = await exchange(token, kind)
+            assert answer.status_code == 200, answer.text
+            said = answer.json()
+            assert said["token_type"] == "Bearer"
+            assert set(said["scope"].split()) == {"generate", "models.read"}
+            headers = {"authorization": f"Bearer {said['access_token']}"}
+            assert (await client.get("/v1/models", headers=headers)).status_code == 200
+
+        refused = await exchange(await provider.token_of("bob"), "id_token")
+        assert refused.status_code in (400, 403)
+        assert "nothing that gives you a role" in refused.text
