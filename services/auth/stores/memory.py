@@ -174,7 +174,7 @@ class MemoryStore:
 
     async def use_once(self, token_id: str, *, until: datetime, now: datetime) -> bool:
         kept_until = self._used_ids.get(token_id)
-        if kept_until is not None and kept_until > now:
+        if not shapes.is_text(token_id) or (kept_until is not None and kept_until > now):
             return False
         self._used_ids[token_id] = until
         return True

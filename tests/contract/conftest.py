@@ -1,0 +1,45 @@
+"""The stores of auth: each test that takes `auth_store` runs on all of them."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator
+from pathlib import Path
+
+import pytest
+
+from services.auth.stores.memory import MemoryStore
+from services.auth.stores.opening import sqlite_store
+from tests.framework.auth_stores import StartedStore, StoresOf
+from tests.framework.postgres import PostgresServer
+
+
+@pytest.fixture
+async def auth_stores_of(request: pytest.FixtureRequest, tmp_path: Path) -> AsyncIterator[StoresOf]:
+    """Makes stores, and stops them."""
+    made: list[StartedStore] = []
+
+    async def make(kind: str, count: int) -> list[StartedStore]:
+        stores: list[StartedStore] = []
+        if kind == "memory":
+            stores = [MemoryStore()]
+        elif kind == "sqlite":
+            stores = [sqlite_store(tmp_path / "auth.db")]
+        else:
+            server: PostgresServer = request.getfixturevalue("postgres")
+            name = await server.make_database()
+            stores = [server.store(name) for _ in range(count)]
+        for store in stores:
+            made.append(store)
+            await store.start()
+        return stores
+
+    yield make
+    for store in made:
+        await store.stop()
+
+
+@pytest.fixture(params=["memory", "sqlite", "postgresql"])
+async def auth_store(request: pytest.FixtureRequest, auth_stores_of: StoresOf) -> StartedStore:
+    """Started, and empty."""
+    (store,) = await auth_stores_of(request.param, 1)
+    return store
