@@ -14,7 +14,7 @@ from contextlib import asynccontextmanager
 
 from services.gateway.keys import PREFIX, KeyRing, is_api_key
 from services.gateway.ports import AuditPort
-from services.mesh.actions import OPEN_METHODS
+from services.mesh.actions import GET_JWKS, OPEN_METHODS
 from services.mesh.context import Caller, Identity
 from services.mesh.errors import CredentialInvalid, LlmosError
 from services.mesh.interceptors import Call
@@ -23,7 +23,7 @@ from services.mesh.tokens import Verifier, bearer
 
 _LOOKUP_CHARS = 8
 """So many characters after `llmos_` name an API key."""
-PROVING_METHODS = OPEN_METHODS - {"/llmos.auth.v1.TokenService/GetJwks"}
+PROVING_METHODS = OPEN_METHODS - {GET_JWKS}
 """Their requests hold a credential."""
 
 
