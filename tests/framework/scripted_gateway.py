@@ -16,6 +16,7 @@ from typing import Any, Self
 import grpc
 from google.protobuf import duration_pb2
 from google.rpc import error_details_pb2, status_pb2
+from llmos.auth.v1 import admin_service_pb2, admin_service_pb2_grpc
 from llmos.common.v1 import finish_reason_pb2, usage_pb2
 from llmos.gateway.v1 import (
     generation_pb2,
@@ -89,6 +90,7 @@ class ScriptedGateway(
     generation_service_pb2_grpc.GenerationServiceServicer,
     model_service_pb2_grpc.ModelServiceServicer,
     audit_service_pb2_grpc.AuditServiceServicer,
+    admin_service_pb2_grpc.AdminServiceServicer,
 ):
     """Use as a context manager. `will(step, …)` says how the next call is answered."""
 
@@ -100,6 +102,7 @@ class ScriptedGateway(
         generation_service_pb2_grpc.add_GenerationServiceServicer_to_server(self, self._server)
         model_service_pb2_grpc.add_ModelServiceServicer_to_server(self, self._server)
         audit_service_pb2_grpc.add_AuditServiceServicer_to_server(self, self._server)
+        admin_service_pb2_grpc.add_AdminServiceServicer_to_server(self, self._server)
         address = f"127.0.0.1:{port}"
         if credentials is None:
             self.port = self._server.add_insecure_port(address)
@@ -181,6 +184,17 @@ class ScriptedGateway(
 
     def Tail(self, request: Any, context: Any) -> Any:  # noqa: N802
         return self._serve("Tail", request, context)
+
+
+def _administers(name: str) -> Any:
+    def method(self: ScriptedGateway, request: Any, context: Any) -> Any:
+        return self._one(name, request, context)
+
+    return method
+
+
+for _method in admin_service_pb2.DESCRIPTOR.services_by_name["AdminService"].methods:
+    setattr(ScriptedGateway, _method.name, _administers(_method.name))
 
 
 Response = generation_service_pb2.StreamGenerateResponse

@@ -15,14 +15,17 @@ What is where, from the outside in:
 - `streaming`, `tailing`: what a stream of deltas, or of audit records, must obey, event by event.
 - `retry`: how often a call is tried, when, and for how long in all.
 - `errors`: the tree of errors, and how a gRPC status becomes one of them.
+- `async_admin`, `sync_admin`, `admin_calls`: administration, in the same three parts.
 - `generation_types`, `audit_types`: what is returned; the protobuf message stands beside it in `raw`.
+- `admin_types`: kinds of resources; the resources are the protobuf messages themselves.
 - `config`, `transport`: where the server is, the credential, TLS, keepalive, trace context.
 - `cli`: the command.
 
 Pure and without I/O: everything but the two clients, `transport` and `cli`. The package knows the public
-API (`llmos.gateway.v1`, `llmos.logging.v1`) and nothing of the services behind it.
+API (`llmos.gateway.v1`, `llmos.logging.v1`, `llmos.auth.v1`) and nothing of the services behind it.
 """
 
+from llmos_client.admin_types import MadeResource, Resource, ResourceKind
 from llmos_client.async_client import AsyncAuditTail, AsyncClient, AsyncStream
 from llmos_client.audit_types import AuditFilter, AuditRecord, Outcome
 from llmos_client.calls import GenerateOptions, Prompt, RawText, StreamOptions
@@ -91,6 +94,7 @@ __all__ = [
     "GenerateOptions",
     "InvalidRequest",
     "LlmosError",
+    "MadeResource",
     "Message",
     "Model",
     "Moved",
@@ -101,6 +105,8 @@ __all__ = [
     "Prompt",
     "RateLimited",
     "RawText",
+    "Resource",
+    "ResourceKind",
     "RetryPolicy",
     "Role",
     "ServerError",

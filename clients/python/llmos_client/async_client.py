@@ -9,10 +9,12 @@ from types import TracebackType
 from typing import Any, Self, TypeVar, Unpack, cast
 
 import grpc
+from llmos.auth.v1 import admin_service_pb2_grpc
 from llmos.gateway.v1 import generation_service_pb2, generation_service_pb2_grpc, model_service_pb2_grpc
 from llmos.logging.v1 import audit_service_pb2, audit_service_pb2_grpc
 
 from llmos_client import calls, transport
+from llmos_client.async_admin import AsyncAdmin
 from llmos_client.audit_types import AuditFilter, AuditRecord
 from llmos_client.calls import GenerateOptions, Prompt, StreamOptions, Unary
 from llmos_client.config import ClientConfig, ClientOptions
@@ -38,6 +40,8 @@ class AsyncClient:
         self._wire = _Wire(ClientConfig.of(target, options))
         self.audit = AsyncAudit(self._wire)
         """The audit log; needs the scope `audit.read`."""
+        self.admin = AsyncAdmin(self._wire)
+        """Administration; needs the scope `admin` or `tenant.admin`."""
 
     @property
     def target(self) -> str:
@@ -320,6 +324,10 @@ class _Wire:
     def audit(self) -> audit_service_pb2_grpc.AuditServiceAsyncStub:
         return audit_service_pb2_grpc.AuditServiceStub(self.channel)
 
+    @cached_property
+    def admin(self) -> admin_service_pb2_grpc.AdminServiceAsyncStub:
+        return admin_service_pb2_grpc.AdminServiceStub(self.channel)
+
     async def close(self) -> None:
         if "channel" in self.__dict__:
             await self.channel.close()
@@ -340,6 +348,8 @@ class _Wire:
                 )
             except grpc.aio.AioRpcError as rpc_error:
                 error = self.error(rpc_error, trace_id)
+                if not call.retries:
+                    raise error from rpc_error
                 wait_s = attempts.failed(error)
             else:
                 attempts.succeeded()

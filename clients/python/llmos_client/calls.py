@@ -75,6 +75,8 @@ class Unary(Generic[RequestT, ResponseT, ResultT]):
     decode: Callable[[ResponseT, str], ResultT]
     """(response, trace id) -> what the caller gets."""
     timeout_s: float
+    retries: bool = True
+    """False: doing it twice is not the same as doing it once."""
 
 
 Generate = Unary[generation_service_pb2.GenerateRequest, generation_service_pb2.GenerateResponse, Completion]
@@ -91,7 +93,7 @@ def generate(config: ClientConfig, prompt: Prompt, options: GenerateOptions) -> 
     request = generation_service_pb2.GenerateRequest(
         spec=build_spec(config.model, prompt, options), idempotency_key=options.get("idempotency_key", "")
     )
-    return Unary(request, Completion.from_proto, _timeout(options.get("timeout_s"), config.timeout_s))
+    return Unary(request, Completion.from_proto, call_timeout(options.get("timeout_s"), config.timeout_s))
 
 
 @dataclass(frozen=True)
@@ -108,7 +110,7 @@ def stream(config: ClientConfig, prompt: Prompt, options: StreamOptions) -> Stre
         idempotency_key=options.get("idempotency_key", ""),
         resumable=options.get("resumable", False),
     )
-    return StreamCall(request, _timeout(options.get("timeout_s"), config.timeout_s))
+    return StreamCall(request, call_timeout(options.get("timeout_s"), config.timeout_s))
 
 
 def count_tokens(
@@ -124,7 +126,7 @@ def count_tokens(
     return Unary(
         request,
         lambda response, _: TokenCount(response.prompt_tokens, response.context_tokens),
-        _timeout(timeout_s, config.query_timeout_s),
+        call_timeout(timeout_s, config.query_timeout_s),
     )
 
 
@@ -132,7 +134,7 @@ def list_models(config: ClientConfig, *, timeout_s: float | None) -> ListModels:
     return Unary(
         model_service_pb2.ListModelsRequest(),
         lambda response, _: [Model.from_proto(model) for model in response.models],
-        _timeout(timeout_s, config.query_timeout_s),
+        call_timeout(timeout_s, config.query_timeout_s),
     )
 
 
@@ -148,7 +150,7 @@ def search_page(
     request = audit_service_pb2.SearchRequest(
         filter=wanted.to_proto(), page_size=min(limit, MAX_PAGE_RECORDS), page_token=page_token
     )
-    return Unary(request, lambda response, _: response, _timeout(timeout_s, config.query_timeout_s))
+    return Unary(request, lambda response, _: response, call_timeout(timeout_s, config.query_timeout_s))
 
 
 def build_spec(
@@ -222,8 +224,8 @@ def _message(message: Message) -> generation_pb2.ChatMessage:
     return proto
 
 
-def _timeout(given: float | None, default: float) -> float:
-    """Raises ValueError where the given one is not a positive number of seconds."""
+def call_timeout(given: float | None, default: float) -> float:
+    """`given` or the default, in seconds. Raises ValueError where it is not a positive number."""
     if given is None:
         return default
     if not 0 < given < float("inf"):

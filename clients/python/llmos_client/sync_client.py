@@ -9,6 +9,7 @@ from types import TracebackType
 from typing import TYPE_CHECKING, Self, TypeVar, Unpack
 
 import grpc
+from llmos.auth.v1 import admin_service_pb2_grpc
 from llmos.gateway.v1 import generation_service_pb2, generation_service_pb2_grpc, model_service_pb2_grpc
 from llmos.logging.v1 import audit_service_pb2, audit_service_pb2_grpc
 
@@ -20,6 +21,7 @@ from llmos_client.errors import Cancelled, LlmosError, Unavailable, from_status
 from llmos_client.generation_types import Completion, Delta, Event, Model, TokenCount
 from llmos_client.retry import Attempts, RetryThrottle
 from llmos_client.streaming import StreamFacts, StreamState
+from llmos_client.sync_admin import Admin
 from llmos_client.tailing import TailBreaks, TailState
 
 if TYPE_CHECKING:
@@ -41,6 +43,8 @@ class Client:
         self._wire = _Wire(ClientConfig.of(target, options))
         self.audit = Audit(self._wire)
         """The audit log; needs the scope `audit.read`."""
+        self.admin = Admin(self._wire)
+        """Administration; needs the scope `admin` or `tenant.admin`."""
 
     @property
     def target(self) -> str:
@@ -318,6 +322,7 @@ class _Wire:
         self.generation = generation_service_pb2_grpc.GenerationServiceStub(self.channel)
         self.models = model_service_pb2_grpc.ModelServiceStub(self.channel)
         self.audit = audit_service_pb2_grpc.AuditServiceStub(self.channel)
+        self.admin = admin_service_pb2_grpc.AdminServiceStub(self.channel)
 
     def unary(
         self,
@@ -335,6 +340,8 @@ class _Wire:
                 )
             except grpc.RpcError as rpc_error:
                 error = self.error(rpc_error, trace_id)
+                if not call.retries:
+                    raise error from rpc_error
                 wait_s = attempts.failed(error)
             else:
                 attempts.succeeded()

@@ -6,7 +6,7 @@ from typing import Annotated
 
 import typer
 
-from llmos_client.cli import audit, chat, models, quantize
+from llmos_client.cli import admin, admin_create, admin_files, audit, chat, models, quantize
 from llmos_client.version import __version__
 
 app = typer.Typer(
@@ -25,6 +25,21 @@ _audit = typer.Typer(help="Read the audit log (needs the scope audit.read).", no
 _audit.command("tail")(audit.tail)
 _audit.command("search")(audit.search)
 app.add_typer(_audit, name="audit")
+
+_admin = typer.Typer(
+    help="Manage tenants, clients, keys and the rest (needs the scope admin or tenant.admin).",
+    no_args_is_help=True,
+)
+for _command in (
+    *(admin.get, admin.edit, admin.delete, admin.disable, admin.enable, admin.revoke, admin.rotate),
+    *(admin.changes, admin.explain, admin_files.export, admin_files.apply),
+):
+    _admin.command(_command.__name__)(_command)
+_create = typer.Typer(help="Make something.", no_args_is_help=True)
+for _name, _command in admin_create.COMMANDS.items():
+    _create.command(_name)(_command)
+_admin.add_typer(_create, name="create")
+app.add_typer(_admin, name="admin")
 
 
 def _show_version(wanted: bool) -> None:
