@@ -74,6 +74,7 @@ class RequestRecord:
         """Arrival, on the monotonic clock."""
         self.method = context.method
         self.source_address = context.source_address
+        self.credential_expires_at = context.caller.expires_at
         self.model = ""
         self.labels: Mapping[str, str] = {}
         self.usage = Usage()

@@ -15,7 +15,7 @@ from contextlib import asynccontextmanager
 from services.gateway.keys import PREFIX, KeyRing, is_api_key
 from services.gateway.ports import AuditPort
 from services.mesh.actions import GET_JWKS, OPEN_METHODS
-from services.mesh.context import Caller, Identity
+from services.mesh.context import Caller
 from services.mesh.errors import CredentialInvalid, LlmosError
 from services.mesh.interceptors import Call
 from services.mesh.slowdown import Slowdown
@@ -52,12 +52,12 @@ class GatewayAuthenticator:
         """Raises one of the UNAUTHENTICATED errors, PolicyDenied for a service's own token, RateLimit where
         too many were wrong, or DependencyUnavailable where auth must be asked and does not answer."""
         try:
-            return Caller(await self._identity(bearer(metadata), source_address))
+            return await self._caller(bearer(metadata), source_address)
         except LlmosError as error:
             self._audit.count_anonymous(source_address, error.reason)
             raise
 
-    async def _identity(self, credential: str, source_address: str) -> Identity:
+    async def _caller(self, credential: str, source_address: str) -> Caller:
         digest = hashlib.sha256(credential.encode("utf-8", "surrogatepass")).digest()
         if digest in self._accepted:
             self._accepted.move_to_end(digest)
@@ -68,16 +68,18 @@ class GatewayAuthenticator:
                 raise
         name = credential[len(PREFIX) : len(PREFIX) + _LOOKUP_CHARS] if is_api_key(credential) else ""
         with self._slowdown.attempt(source_address, name):
-            identity = await self._verified(credential)
+            caller = await self._verified(credential)
         self._accepted[digest] = None
         while len(self._accepted) > self._max_accepted:
             self._accepted.popitem(last=False)
-        return identity
+        return caller
 
-    async def _verified(self, credential: str) -> Identity:
+    async def _verified(self, credential: str) -> Caller:
         if is_api_key(credential):
-            return await self._keys.identity(credential)
-        return (await self._verifier.verify(credential)).identity()
+            # When the key itself expires, auth alone knows.
+            return Caller(await self._keys.identity(credential))
+        verified = await self._verifier.verify(credential)
+        return Caller(verified.identity(), expires_at=verified.expires_at)
 
 
 class OpenMethodGuard:

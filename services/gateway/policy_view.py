@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from datetime import datetime
 
 from services.gateway.auditing import RequestRecord
 from services.gateway.authorisation import Authorisation
@@ -26,6 +27,8 @@ class EffectivePolicy:
     max_request_bytes: int
     max_tokens: int
     """For each choice."""
+    credential_expires_at: datetime | None
+    """None where it does not expire, or where that is not known here."""
 
 
 class PolicyView:
@@ -54,4 +57,5 @@ class PolicyView:
             limits=tuple(limits),
             max_request_bytes=self._max_request_bytes,
             max_tokens=self._max_tokens,
+            credential_expires_at=record.credential_expires_at,
         )

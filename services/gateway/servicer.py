@@ -273,7 +273,7 @@ def _alternative(entry: Alternative) -> generation_pb2.TokenLogprob.Alternative:
 def _policy(policy: EffectivePolicy) -> policy_service_pb2.GetEffectivePolicyResponse:
     """How much is left of a limit is not said: nothing is counted yet."""
     identity = policy.identity
-    return policy_service_pb2.GetEffectivePolicyResponse(
+    message = policy_service_pb2.GetEffectivePolicyResponse(
         identity=identity_pb2.Identity(
             tenant_id=identity.tenant_id,
             client_id=identity.client_id,
@@ -292,6 +292,9 @@ def _policy(policy: EffectivePolicy) -> policy_service_pb2.GetEffectivePolicyRes
         max_tokens=policy.max_tokens,
         content_capture=policy_service_pb2.CONTENT_CAPTURE_NONE,
     )
+    if policy.credential_expires_at is not None:
+        message.credential_expire_time.FromDatetime(policy.credential_expires_at)
+    return message
 
 
 def _model(model: Model) -> model_service_pb2.Model:

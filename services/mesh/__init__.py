@@ -10,6 +10,8 @@
 - `tls`: certificates, read again when they change
 - `telemetry`, `logs`: traces, metrics and log lines
 - `events`, `spool`, `relay`, `kafka`, `audit_protocol`: the way of an audit event to Kafka
+- `policy`, `actions`, `decision`, `rule_index`, `policy_codec`: what policy is made of, and what it says
+- `addresses`, `source_address`: whose address a call comes from, and which blocks it is in
 - `clock`: time
 
 A call arrives at `server`, passes the chain in `interceptors`, and reaches a service's servicer; what

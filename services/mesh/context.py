@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from contextvars import ContextVar, Token
 from dataclasses import dataclass
+from datetime import datetime
 
 from services.mesh.errors import Internal, ScopeMissing
 from services.mesh.policy import Network
@@ -20,15 +21,18 @@ class Identity:
     """The most that the credential may do: policy allows some of it, never more."""
     roles: frozenset[str] = frozenset()
     direct_scopes: frozenset[str] | None = None
-    """What it may do without condition, whatever its roles say; None: all of `scopes`, since it has no roles."""
+    """What it may do without condition, whatever its roles say; None: all of `scopes`, since it has no
+    roles."""
     models: tuple[str, ...] = ()
-    """The models that the credential is limited to, `*` standing for any characters; empty: no such limit."""
+    """The models that the credential is limited to, `*` standing for any characters; empty: no such
+    limit."""
     addresses: tuple[Network, ...] = ()
     """The addresses that it is limited to; empty: no such limit."""
     token_id: str = ""
     """The `jti` of the token that was verified."""
     issued_at_s: int = 0
-    """When that token was issued, in seconds since the epoch: a revocation counts for tokens up to a moment."""
+    """When that token was issued, in seconds since the epoch: a revocation counts for tokens up to a
+    moment."""
 
     def require(self, scope: str) -> None:
         """Raises ScopeMissing unless the credential has the scope."""
@@ -48,6 +52,8 @@ class Caller:
     """Whom the request is for; None for a call that a service makes on its own account."""
     peer_service: str | None = None
     """The service on the other end, such as `service:gateway`; None where a caller came directly."""
+    expires_at: datetime | None = None
+    """When the credential expires; None where that is not known here."""
 
 
 @dataclass(slots=True)

@@ -93,7 +93,7 @@ OBJECTS: Mapping[str, tuple[str, object]] = {
         "ExportConfiguration",
         admin_service_pb2.ExportConfigurationRequest(tenant_id="acme"),
     ),
-    "ExportConfiguration: of the deployment": (
+    "ExportConfiguration: all that the caller may see": (
         "ExportConfiguration",
         admin_service_pb2.ExportConfigurationRequest(),
     ),

@@ -258,6 +258,8 @@ class Bench:
     proxies: Sequence[Network] = ()
     callers: dict[str, Identity] = field(default_factory=lambda: {KEY: ALICE, "nobody-key": NOBODY})
     """By their API keys."""
+    expires_at: datetime | None = None
+    """Of the callers' credentials."""
     policy: FixedPolicy = field(default_factory=lambda: fixed_policy())
 
     def __post_init__(self) -> None:

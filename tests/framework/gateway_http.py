@@ -44,7 +44,7 @@ def chain_of(bench: Bench, *, max_call_s: float = 30) -> Chain:
         identity = bench.callers.get(bearer(metadata))
         if identity is None:
             raise CredentialInvalid("The API key was refused.")
-        return Caller(identity)
+        return Caller(identity, expires_at=bench.expires_at)
 
     chain = server_chain(
         clock=bench.clock,

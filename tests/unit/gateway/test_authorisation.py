@@ -220,6 +220,7 @@ async def test_a_caller_that_generates_nothing_sees_what_it_may_read(kind: str, 
 async def test_the_effective_policy(tmp_path: Path) -> None:
     identity = caller("user", "custom", scopes="generate models.read admin")
     bench = bench_of(identity, role(Effect.DENY, models=("big-*",)))
+    bench.expires_at = BIG.create_time
     async with gateway_grpc.serving(bench, tmp_path) as channel:
         stub = policy_service_pb2_grpc.PolicyServiceStub(channel)
         found = await stub.GetEffectivePolicy(
@@ -240,7 +241,7 @@ async def test_the_effective_policy(tmp_path: Path) -> None:
     assert not any(limit.HasField("reset_time") for limit in found.limits)
     assert (found.max_request_bytes, found.max_tokens) == (4 * 1024 * 1024, MAX_TOKENS_LIMIT)
     assert found.content_capture == policy_service_pb2.CONTENT_CAPTURE_NONE
-    assert not found.HasField("credential_expire_time")
+    assert found.credential_expire_time.ToDatetime(UTC) == bench.expires_at
     assert [event.facts.method for event in bench.audit.started] == [
         "/llmos.gateway.v1.PolicyService/GetEffectivePolicy"
     ]
