@@ -36,6 +36,7 @@ from deploy.dev.certs import CertificateAuthority
 from deploy.dev.processes import Process
 from deploy.helm.rendering import Manifest, only, render, value_set
 from tests.framework.ports import PortReservations
+from tests.framework.postgres import PostgresServer
 from tests.framework.waiting import eventually
 
 ROOT = Path(__file__).parents[2]
@@ -56,11 +57,17 @@ class Cluster:
     """What the pods find around them."""
 
     def __init__(
-        self, folder: Path, manifests: list[Manifest], bootstrap: str, ports: PortReservations
+        self,
+        folder: Path,
+        manifests: list[Manifest],
+        bootstrap: str,
+        ports: PortReservations,
+        database_url: str | None,
     ) -> None:
         self.folder = folder
         self.manifests = manifests
         self.bootstrap = bootstrap
+        self.database_url = database_url
         self.secrets = {service: secrets.token_hex(32) for service in SERVICES}
         self.authority = CertificateAuthority(folder / "ca")
         self.ports: dict[tuple[str, int], int] = {}
@@ -90,6 +97,8 @@ class Cluster:
             return {key: (self.authority.folder / file).read_bytes() for key, file in files.items()}
         if volume["name"] == "key-encryption":
             return {"key": base64.b64encode(secrets.token_bytes(32))}
+        if volume["name"] == "database":
+            return {"password": b"the server of the tests trusts loopback"}
         raise AssertionError(f"an unknown Secret: {volume}")
 
 
@@ -144,6 +153,9 @@ class Pod:
             return self.cluster.bootstrap
         if name.endswith("_KAFKA_TOPIC_PREFIX"):
             return f"{value}-{self.cluster.secrets['auth'][:8]}"
+        if name.endswith("_DB_URL"):
+            assert self.cluster.database_url is not None
+            return self.cluster.database_url
         if name.endswith("_OTLP_ENDPOINT"):
             return f"http://{NOWHERE}"
         if name.endswith("_PORT"):
@@ -200,7 +212,13 @@ async def pods(
     values.setdefault("inference", {}).setdefault("settings", {})["backend"] = "echo"
     # The broker of the tests, which has neither TLS nor passwords.
     values["kafka"] = {"bootstrapServers": values["kafka"]["bootstrapServers"]}
-    cluster = Cluster(tmp_path, render(values), broker.bootstrap, reservations)
+    manifests = render(values)
+    database_url = None
+    if values.get("auth", {}).get("database", {}).get("url"):
+        # Taken only here: a machine without PostgreSQL can still start the other value set.
+        postgres: PostgresServer = request.getfixturevalue("postgres")
+        database_url = str(postgres.url(await postgres.make_database()))
+    cluster = Cluster(tmp_path, manifests, broker.bootstrap, reservations, database_url)
     pods = {service: Pod(service, cluster) for service in SERVICES}
     try:
         for pod in pods.values():
