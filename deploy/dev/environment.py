@@ -39,6 +39,8 @@ class Plan:
     replicas: tuple[str, ...] = ("inference",)
     """The inference processes that the gateway uses."""
     topic_prefix: str = "llmos"
+    issuer: str = ""
+    """The `iss` of tokens; empty: the services' default."""
     settings: Mapping[str, str] = field(default_factory=dict)
     """Settings of the services' own, by variable; they win over those made here."""
 
@@ -86,6 +88,8 @@ class Plan:
             "AUTH_TARGET": self.target("auth"),
             "LOG_FORMAT": "text",
         }
+        if self.issuer:
+            settings["ISSUER"] = self.issuer
         if self.certs is not None:
             settings |= {
                 "TLS_CERT_FILE": str(self.certs / f"{service}.crt"),

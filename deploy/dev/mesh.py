@@ -64,6 +64,8 @@ class Mesh:
             bootstrap=bootstrap or f"{ports.HOST}:{self.ports['kafka']}",
             models=models,
             certs=self.certs,
+            # Where OAuth2 clients on this machine discover it.
+            issuer=f"{'https' if tls else 'http'}://{ports.HOST}:{self.ports['gateway http']}",
             settings=settings,
         )
         self.services: dict[str, Process] = {}
