@@ -24,8 +24,9 @@ from services.mesh.errors import CredentialInvalid
 ASSERTION_TYPE = "urn:ietf:params:oauth:client-assertion-type:jwt-bearer"
 MAX_CHARS = 8192
 MAX_HEADER_CHARS = 1024
-MAX_LIFETIME_S = 300
-"""An assertion may be valid for so long from now: its id is remembered until then."""
+MAX_LIFETIME_S = 3600
+"""An assertion may be valid for so long from now, which is what libraries make; its id is remembered until
+then, so it serves once all the same."""
 LEEWAY_S = 5.0
 MAX_AUDIENCES = 4
 MAX_KEYS = 16

@@ -76,7 +76,8 @@ def honest_claims(now: datetime, **changes: Any) -> dict[str, Any]:
 
 
 def jwks_of(keys: dict[str, OKPKey]) -> str:
-    entries = [{**key.as_dict(private=False), "kid": kid, "use": "sig"} for kid, key in keys.items()]
+    more = {"use": "sig", "alg": "Ed25519"}
+    entries = [{**key.as_dict(private=False), "kid": kid, **more} for kid, key in keys.items()]
     return json.dumps({"keys": entries})
 
 

@@ -82,10 +82,14 @@ def introspection(found: Introspected) -> bytes:
     return msgspec.json.encode(answer)
 
 
-def error(fault: LlmosError) -> tuple[int, bytes, list[Header]]:
-    """Status, body and headers (RFC 6749, section 5.2)."""
+def error(fault: LlmosError, *, by_body: bool) -> tuple[int, bytes, list[Header]]:
+    """Status, body and headers (RFC 6749, section 5.2).
+
+    `by_body`: the client tried to prove itself in the body. Then 401 is not for it: that comes with a
+    challenge for the Authorization header (RFC 9110, section 15.5.2), and libraries take it for that alone.
+    """
     code = fault.metadata.get(OAUTH_ERROR) or _code(fault)
-    status = 401 if code == "invalid_client" else _status(fault)
+    status = 401 if code == "invalid_client" and not by_body else _status(fault)
     text = "An internal error occurred." if status == 500 else f"{fault.message} {fault.hint}".strip()
     headers = [
         JSON,

@@ -23,7 +23,7 @@ from services.gateway.oauth.ports import ClientProof, TokensPort
 from services.mesh.actions import GET_JWKS
 from services.mesh.clock import Clock
 from services.mesh.context import RequestContext
-from services.mesh.errors import Draining, LlmosError, PolicyDenied, RequestInvalid, Status
+from services.mesh.errors import CredentialMissing, Draining, LlmosError, PolicyDenied, RequestInvalid, Status
 from services.mesh.events import Edge
 from services.mesh.interceptors import Call, Chain, new_request_id
 from services.mesh.source_address import NO_PROXIES, TrustedProxies
@@ -197,5 +197,6 @@ async def _form(exchange: Exchange) -> Form:
 
 async def _fail(exchange: Exchange, error: LlmosError) -> None:
     if not exchange.answered and not exchange.gone:
-        status, body, headers = answers.error(error)
+        by_body = "authorization" not in exchange.headers and not isinstance(error, CredentialMissing)
+        status, body, headers = answers.error(error, by_body=by_body)
         await exchange.respond(status, body, headers)
