@@ -16,7 +16,13 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-from llmos.auth.v1 import admin_service_pb2, admin_service_pb2_grpc, token_service_pb2, token_service_pb2_grpc
+from llmos.auth.v1 import (
+    admin_service_pb2,
+    admin_service_pb2_grpc,
+    resource_pb2,
+    token_service_pb2,
+    token_service_pb2_grpc,
+)
 from rich.console import Console
 from rich.table import Table
 
@@ -157,7 +163,7 @@ async def _outcomes(mesh: MeshHarness, load: Load, complaints: list[str]) -> dic
 
 
 async def tenants(mesh: MeshHarness) -> dict[str, str]:
-    """Makes tenants with a client each; returns a key for each tenant."""
+    """Makes tenants with a client each; returns a key for each tenant. At auth itself: no gateway need run."""
     channel = mesh.channel("auth")
     issued = await token_service_pb2_grpc.TokenServiceStub(channel).IssueToken(
         token_service_pb2.IssueTokenRequest(
@@ -166,19 +172,17 @@ async def tenants(mesh: MeshHarness) -> dict[str, str]:
     )
     metadata = [("authorization", f"Bearer {issued.access_token.token}")]
     admin: Any = admin_service_pb2_grpc.AdminServiceStub(channel)
+
+    async def make(resource: resource_pb2.Resource) -> str:
+        request = admin_service_pb2.CreateResourceRequest(resource=resource)
+        return str((await admin.CreateResource(request, metadata=metadata)).secret)
+
     keys: dict[str, str] = {}
     for tenant in TENANTS:
-        await admin.CreateTenant(admin_service_pb2.CreateTenantRequest(tenant_id=tenant), metadata=metadata)
-        await admin.CreateClient(
-            admin_service_pb2.CreateClientRequest(
-                tenant_id=tenant, client_id=f"{tenant}-app", scopes=["generate"]
-            ),
-            metadata=metadata,
-        )
-        made = await admin.CreateApiKey(
-            admin_service_pb2.CreateApiKeyRequest(client_id=f"{tenant}-app"), metadata=metadata
-        )
-        keys[tenant] = made.api_key
+        app = resource_pb2.Client(id=f"{tenant}-app", tenant_id=tenant, scopes=["generate"])
+        await make(resource_pb2.Resource(tenant=resource_pb2.Tenant(id=tenant)))
+        await make(resource_pb2.Resource(client=app))
+        keys[tenant] = await make(resource_pb2.Resource(api_key=resource_pb2.ApiKey(client_id=app.id)))
     return keys
 
 

@@ -48,7 +48,7 @@ def write(resources: Iterable[Resource]) -> str:
     entries = [_entry(resource) for resource in resources]
     if not entries:
         return "[]\n"
-    text: str = yaml.safe_dump(entries, sort_keys=False, allow_unicode=True, width=110)
+    text: str = yaml.dump(entries, Dumper=_Dumper, sort_keys=False, allow_unicode=True, width=110)
     # a blank line between resources: a person is to read it
     return re.sub(r"\n- kind:", "\n\n- kind:", text)
 
@@ -63,6 +63,19 @@ def read(text: str, source: str) -> list[Document]:
         raise ConfigurationError(f"{where}: {getattr(error, 'problem', None) or 'this is no YAML'}") from None
     except RecursionError:
         raise ConfigurationError(f"{source}: it is nested too deeply") from None
+
+
+class _Dumper(yaml.SafeDumper):
+    """Escapes line ends that YAML knows and people do not see."""
+
+
+def _text(dumper: yaml.SafeDumper, text: str) -> yaml.ScalarNode:
+    style = '"' if _LINE_ENDS.search(text) else None
+    return dumper.represent_scalar("tag:yaml.org,2002:str", text, style=style)
+
+
+_LINE_ENDS = re.compile("[\x85\u2028\u2029\ufeff]")
+_Dumper.add_representer(str, _text)
 
 
 # -- writing ---------------------------------------------------------------------------------------------

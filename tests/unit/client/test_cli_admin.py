@@ -101,7 +101,7 @@ def test_no_file_is_left_where_nothing_was_made(
 
 
 def test_makes_every_kind(gateway: ScriptedGateway, llmos: Llmos) -> None:
-    for arguments, field, value in (
+    made: list[tuple[list[str], str, Any]] = [
         (
             ["tenant", "lab", "--parent", "acme"],
             "tenant",
@@ -138,7 +138,8 @@ def test_makes_every_kind(gateway: ScriptedGateway, llmos: Llmos) -> None:
                 claim_rules=[resource_pb2.ClaimRule(claim="groups", value="a=b", role_id="user")],
             ),
         ),
-    ):
+    ]
+    for arguments, field, value in made:
         gateway.will(pb.CreateResourceResponse(resource=Resource(**{field: value})))
         done = llmos("create", *arguments)
         assert (done.exit_code, done.stdout) == (0, ""), done.output
@@ -199,7 +200,10 @@ def test_exports_and_applies(gateway: ScriptedGateway, llmos: Llmos, tmp_path: P
     assert llmos("export", "-o", "all.yaml", "--digests").exit_code == 0
     assert sent(gateway).include_digests
     assert stat.S_IMODE((tmp_path / "all.yaml").stat().st_mode) == 0o600
-    applied = [pb.AppliedResource(action=1), pb.AppliedResource(action=3)]
+    applied = [
+        pb.AppliedResource(action=pb.AppliedResource.ACTION_UNCHANGED),
+        pb.AppliedResource(action=pb.AppliedResource.ACTION_UPDATED),
+    ]
     applied[1].name.kind, applied[1].name.id = resource_pb2.RESOURCE_KIND_API_KEY, "key_1"
     gateway.will(pb.ApplyConfigurationResponse(applied=applied))
     done = llmos("apply", "-f", "all.yaml", "--prune", "--dry-run")

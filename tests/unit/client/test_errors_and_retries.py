@@ -32,6 +32,7 @@ CODES = {
     "ALREADY_EXISTS": ("ALREADY_EXISTS", sdk.Conflict),
     "NOT_IMPLEMENTED": ("UNIMPLEMENTED", sdk.NotImplementedByServer),
     "STATE_CONFLICT": ("FAILED_PRECONDITION", sdk.Conflict),
+    "CONFLICT": ("ABORTED", sdk.Conflict),
     "CONCURRENCY_LIMIT": ("RESOURCE_EXHAUSTED", sdk.RateLimited),
     "RATE_LIMIT": ("RESOURCE_EXHAUSTED", sdk.RateLimited),
     "BUDGET_EXHAUSTED": ("RESOURCE_EXHAUSTED", sdk.RateLimited),
