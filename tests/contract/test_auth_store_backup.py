@@ -1,11 +1,13 @@
-"""Backup and restore as docs/auth-store.md has them, while the store is in use: what was restored knows the same
-API keys, and signs with the same signing keys.
+"""Backup and restore as docs/auth-store.md has them, while the store is in use: what was restored knows the
+same API keys, and signs with the same signing keys.
 """
 
 from __future__ import annotations
 
 import asyncio
 import os
+import re
+import sqlite3
 import sys
 from pathlib import Path
 
@@ -135,6 +137,20 @@ async def test_of_a_server(postgres: PostgresServer, tmp_path: Path) -> None:
     await check(original, restored, key)
     await original.stop()
     await restored.stop()
+
+
+async def test_the_command_that_takes_the_schema_down(tmp_path: Path) -> None:
+    path = tmp_path / "auth.db"
+    store = sqlite_store(path)
+    await store.start()
+    await store.commit(creates(tenant()))
+    await store.stop()
+    found = re.search(r'python -c "(import asyncio.*?)" \.state', DOCUMENT.read_text(), re.DOTALL)
+    assert found is not None
+    await run(sys.executable, "-c", found[1], str(path), "0001")
+    with sqlite3.connect(path) as db:
+        assert db.execute("SELECT tenant_id FROM tenants").fetchall() == [("acme",)]
+    db.close()
 
 
 @pytest.mark.parametrize("kind", ["file", "server"])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import random
 from dataclasses import replace
 from datetime import timedelta
 from itertools import pairwise
@@ -124,6 +125,11 @@ class TestUsedIds:
         await auth_store.prune(until)
         assert await auth_store.use_once("id", until=until + timedelta(1), now=until)
         assert not await auth_store.use_once("id", until=until, now=until)
+
+    async def test_a_long_one(self, auth_store: StartedStore) -> None:
+        text = random.Random(1).randbytes(50_000).hex()
+        assert await auth_store.use_once(text, until=NOW + timedelta(1), now=NOW)
+        assert not await auth_store.use_once(text, until=NOW + timedelta(1), now=NOW)
 
     async def test_r24_one_that_cannot_be_kept_is_not_new(self, auth_store: StartedStore) -> None:
         for text in UNSTORABLE:

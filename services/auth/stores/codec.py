@@ -20,7 +20,8 @@ _BYTES = ConfigDict(ser_json_bytes="base64", val_json_bytes="base64", ser_json_t
 
 def _adapter(cls: type) -> TypeAdapter[tuple[Any]]:
     # a plain dataclass takes no configuration of its own: it follows that of what holds it
-    return TypeAdapter(tuple[cls], config=_BYTES)  # type: ignore[valid-type]
+    held: Any = tuple.__class_getitem__(cls)
+    return TypeAdapter(held, config=_BYTES)
 
 
 _ADAPTERS: Mapping[Kind, TypeAdapter[tuple[Any]]] = {

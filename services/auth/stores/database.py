@@ -149,7 +149,6 @@ def sqlite(path: Path) -> Database:
             pool_timeout=WAIT_S,
             connect_args={"timeout": WAIT_S},
             hide_parameters=True,
-            skip_autocommit_rollback=True,
         )
 
         @event.listens_for(made.sync_engine, "connect")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import re
 from pathlib import Path
 
@@ -14,9 +15,12 @@ from alembic.script import ScriptDirectory
 from services.auth.stores.database import UNUSABLE, Database, make_private
 from services.mesh.app import StartError
 
+log = logging.getLogger(__name__)
+
 _FOLDER = Path(__file__).with_name("migrations")
 _LOCK = 0x6C6C6D6F73  # "llmos": an advisory lock of PostgreSQL, held until the transaction ends
-_BACKUP = "put it back from a backup, or begin with an empty one"
+_OF_FILE = "put it back from a backup, or give the service an empty state folder"
+_OF_SERVER = "check LLMOS_AUTH_DB_URL and the rights of its user, or put the database back from a backup"
 
 
 async def migrate(database: Database, revision: str = "head") -> None:
@@ -37,12 +41,14 @@ async def migrate(database: Database, revision: str = "head") -> None:
         raise StartError(f"the database {database.name} cannot be reached: {shown}") from error
     except UNUSABLE as error:
         shown = str(getattr(error, "orig", None) or error)
-        raise StartError(f"the database {database.name} cannot be used ({shown}): {_BACKUP}") from error
+        hint = _OF_SERVER if database.file is None else _OF_FILE
+        raise StartError(f"the database {database.name} cannot be used ({shown}): {hint}") from error
 
 
 def _migrate(connection: sa.Connection, name: str, revision: str) -> None:
     if connection.dialect.name == "postgresql":
         connection.execute(sa.text("SELECT pg_advisory_xact_lock(:lock)"), {"lock": _LOCK})
+    logging.getLogger("alembic").setLevel(logging.WARNING)  # what matters is logged here
     config = _config(connection)
     scripts = ScriptDirectory.from_config(config)
     known = {script.revision for script in scripts.walk_revisions()}
@@ -61,6 +67,9 @@ def _migrate(connection: sa.Connection, name: str, revision: str) -> None:
         command.downgrade(config, revision)
     else:
         command.upgrade(config, revision)
+    now = MigrationContext.configure(connection).get_current_revision()
+    if now != found:
+        log.info("the schema of %s is %s now; it was %s", name, now, found or "not there")
 
 
 def _before_alembic(connection: sa.Connection) -> str | None:

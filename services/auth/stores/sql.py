@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Mapping, Sequence
 from datetime import datetime
 from typing import Any
 
-from sqlalchemy import Row, Select, and_, bindparam, or_, select
+from sqlalchemy import Select, and_, bindparam, or_, select
 
 from services.auth.store import (
     ApiKey,
@@ -26,6 +27,7 @@ from services.auth.stores.codec import decode, to_us
 from services.auth.stores.database import Database
 from services.auth.stores.migrating import migrate
 from services.auth.stores.shapes import OF_POLICY, Key, is_text
+from services.auth.stores.sql_rows import AnyRow
 from services.mesh.errors import DataCorrupt
 from services.mesh.policy import PolicyDocument
 
@@ -184,9 +186,11 @@ class SqlStore:
     async def use_once(self, token_id: str, *, until: datetime, now: datetime) -> bool:
         if not is_text(token_id):
             return False
+        # an id is chosen by who signs it, and may be longer than an index takes
+        digest = hashlib.sha256(token_id.encode()).hexdigest()
         async with self._database.write() as connection:
             insert = sql_commit.upsert(connection, tables.used_ids)
-            insert = insert.values(token_id=token_id, until_us=to_us(until)).on_conflict_do_update(
+            insert = insert.values(token_id=digest, until_us=to_us(until)).on_conflict_do_update(
                 index_elements=["token_id"],
                 set_={"until_us": insert.excluded.until_us},
                 where=tables.used_ids.c.until_us <= to_us(now),
@@ -235,15 +239,15 @@ class SqlStore:
             async with self._database.write() as connection:
                 await connection.execute(table.delete().where(table.c.kid == kid))
 
-    async def _all(self, query: Select[Any]) -> Sequence[Row[Any]]:
+    async def _all(self, query: Select[*tuple[Any, ...]]) -> Sequence[AnyRow]:
         async with self._database.read_once() as connection:
             return (await connection.execute(query)).all()
 
-    async def _first(self, query: Select[Any]) -> Row[Any] | None:
+    async def _first(self, query: Select[*tuple[Any, ...]]) -> AnyRow | None:
         async with self._database.read_once() as connection:
             return (await connection.execute(query)).first()
 
-    async def _the_only(self, query: Select[Any]) -> Row[Any]:
+    async def _the_only(self, query: Select[*tuple[Any, ...]]) -> AnyRow:
         row = await self._first(query)
         if row is None:
             raise DataCorrupt("The store of auth is damaged: it has no version.")

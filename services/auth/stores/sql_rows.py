@@ -24,6 +24,7 @@ from services.auth.stores.shapes import BUILT_IN, Key, client_of, lookup, refere
 from services.mesh.errors import DataCorrupt
 from services.mesh.policy import RevocationKind
 
+AnyRow = Row[*tuple[Any, ...]]
 _R = tables.resources.c
 STORED: Sequence[ColumnElement[Any]] = (
     _R.kind,
@@ -44,7 +45,7 @@ def kind_of(text: str) -> Kind:
         raise DataCorrupt("The store of auth is damaged: a kind that does not exist.") from None
 
 
-def stored(row: Row[Any]) -> Stored:
+def stored(row: Sequence[Any]) -> Stored:
     """Of the columns `STORED`. Raises DataCorrupt."""
     kind, body, version, created_us, updated_us, last_used_us = row
     return Stored(
@@ -100,7 +101,7 @@ def change_row(change: Change) -> dict[str, object]:
     }
 
 
-def change(row: Row[Any]) -> Change:
+def change(row: AnyRow) -> Change:
     """Of a whole row of `changes`. Raises DataCorrupt."""
     kind = kind_of(row.kind)
     return Change(
@@ -131,7 +132,7 @@ def revocation_row(version: int, position: int, revoked: NewRevocation) -> dict[
     }
 
 
-def revocation(row: Row[Any]) -> Revocation:
+def revocation(row: AnyRow) -> Revocation:
     """Of a whole row of `revocations`."""
     return Revocation(
         row.version,
@@ -145,7 +146,7 @@ def revocation(row: Row[Any]) -> Revocation:
     )
 
 
-def signing_key(row: Row[Any]) -> SigningKey:
+def signing_key(row: AnyRow) -> SigningKey:
     """Of a whole row of `signing_keys`."""
     return SigningKey(row.kid, bytes(row.private), row.sealed, to_time(row.signs_from_us))
 

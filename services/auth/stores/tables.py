@@ -99,7 +99,7 @@ Index("revocations_expiry", revocations.c.expires_us)
 used_ids = Table(
     "used_ids",
     metadata,
-    Column("token_id", _TEXT, primary_key=True),
+    Column("token_id", _TEXT, primary_key=True),  # its SHA-256, in hexadecimal
     Column("until_us", BigInteger, nullable=False),
 )
 Index("used_ids_expiry", used_ids.c.until_us)
