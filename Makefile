@@ -106,6 +106,10 @@ bench-engine: dev-env $(BESIDE) ## Measure tokens/s and first tokens beside othe
 bench-lookup: dev-env ## Measure prompt lookup at one stream, beside the same engine without it (ROUNDS=15)
 	@$(PY) -m tests.bench.lookup $(if $(ROUNDS),--rounds $(ROUNDS)) $(ARGS)
 
+.PHONY: bench-auth
+bench-auth: dev-env ## Measure what a credential and a decision cost, with few and with many tenants and keys (ROUNDS=15)
+	@$(PY) -m tests.bench.auth $(if $(ROUNDS),--rounds $(ROUNDS)) $(ARGS)
+
 .PHONY: bench-start
 bench-start: dev-env ## Measure from the start of inference to its first token, with and without a converted model
 	@$(PY) -m tests.bench.start $(if $(ROUNDS),--rounds $(ROUNDS)) $(ARGS)
@@ -113,6 +117,10 @@ bench-start: dev-env ## Measure from the start of inference to its first token, 
 .PHONY: soak
 soak: dev-env ## Load the platform for MINUTES=20 with all kinds of requests, and judge memory and what is left
 	@$(PY) -m tests.bench.soak $(if $(MINUTES),--minutes $(MINUTES)) $(ARGS)
+
+.PHONY: rotation
+rotation: dev-env ## Rotate signing keys every 5 s for MINUTES=5 at 200 requests a second: nobody may be refused
+	LLMOS_ROTATION_MINUTES=$(or $(MINUTES),5) $(PY) -m pytest -s tests/e2e/test_rotation.py $(ARGS)
 
 .PHONY: native-check
 native-check: ## Run the native step with the sanitizers of the C compiler over odd shapes (ROUNDS=8)

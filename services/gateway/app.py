@@ -145,7 +145,7 @@ async def build(settings: GatewaySettings, clock: Clock) -> App:
     credentials = RunningCredentials(revoked)
 
     # Who comes in.
-    jwks = JwksCache(GrpcJwks(anonymous), clock)
+    jwks = JwksCache(GrpcJwks(anonymous), clock, refresh_interval_s=settings.jwks_refresh_s)
     verifier = Verifier(
         jwks,
         issuer=settings.issuer,

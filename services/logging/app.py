@@ -37,7 +37,7 @@ async def build(settings: LoggingSettings, clock: Clock) -> App:
     anonymous = Channel(settings.auth_target, clock=clock, tls=tls)
     tokens = own_tokens(settings, anonymous, clock)
     auth = Channel(settings.auth_target, clock=clock, tls=tls, tokens=tokens, audience=Audience.AUTH)
-    jwks = JwksCache(GrpcJwks(anonymous), clock)
+    jwks = JwksCache(GrpcJwks(anonymous), clock, refresh_interval_s=settings.jwks_refresh_s)
     revoked = RevocationList(clock)
     verifier = Verifier(
         jwks, issuer=settings.issuer, audience=Audience.LOGGING, clock=clock, revoked=revoked.check

@@ -96,7 +96,7 @@ class JwksCache:
     """A `KeySource` over a port. Holds at most `MAX_KEYS` keys and one running fetch.
 
     `refresh_interval_s`: keys older than that are renewed. `min_interval_s`: between two fetches, for
-    whatever cause.
+    whatever cause; at most the other.
     """
 
     def __init__(
@@ -105,7 +105,7 @@ class JwksCache:
         self._port = port
         self._clock = clock
         self._refresh_interval_s = refresh_interval_s
-        self._min_interval_s = min_interval_s
+        self._min_interval_s = min(min_interval_s, refresh_interval_s)
         self._keys: Mapping[str, OKPKey] = {}
         self._fetched_s = float("-inf")
         self._attempted_s = float("-inf")

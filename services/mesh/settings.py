@@ -68,6 +68,9 @@ class ServiceSettings(BaseSettings):
     """The `iss` of tokens; the same in all services."""
     service_secret_file: Path
     """This service's own client secret."""
+    jwks_refresh_s: PositiveSeconds = 60
+    """Auth's public keys are fetched again when they are so old; auth must publish a key for longer before it
+    signs with it (`signing_key_publish_ahead_s`)."""
 
     @model_validator(mode="after")
     def _combinations(self) -> ServiceSettings:
