@@ -196,7 +196,7 @@ PROPERTIES = {
                     "existingSecret": secret("An existing Secret; empty for no encryption."),
                     "key": text("Its key.", pattern="^[-._a-zA-Z0-9]{1,253}$"),
                 },
-            )
+            ),
         },
         optional_claim=False,
     ),
