@@ -15,7 +15,9 @@ from services.auth.exchange import Exchange
 from services.auth.first_start import KeyFile, ensure_administrator
 from services.auth.guard import Guard
 from services.auth.introspection import Introspection
+from services.auth.kms.clients import KmsPlugin
 from services.auth.last_use import LastUse
+from services.auth.master_key import EnvelopeSealer, Sealing
 from services.auth.own_tokens import OwnTokens
 from services.auth.proof import Proofs
 from services.auth.providers.fetching import Fetcher
@@ -55,9 +57,11 @@ class _FirstStart:
 async def build(settings: AuthSettings, clock: Clock) -> App:
     """Puts the service together. Raises StartError where secrets are missing."""
     service_digests = service_secrets.load(settings.service_secrets_dir)
-    sealer = master_key.load(
+    sealer: Sealing | None = master_key.load(
         settings.key_encryption_key_file, settings.key_encryption_key, settings.key_encryption_key_env
     )
+    if settings.key_encryption_kms_socket is not None:
+        sealer = EnvelopeSealer(KmsPlugin(settings.key_encryption_kms_socket))
     store = open_store(settings)
     ring = KeyRing(
         store,

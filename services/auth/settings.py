@@ -52,6 +52,8 @@ class AuthSettings(ServiceSettings):
     `key_encryption_key_env`: they are protected by the file's mode alone."""
     key_encryption_key_env: str | None = Field(default=None, pattern=r"^[A-Za-z_][A-Za-z0-9_]*$")
     """The name of an environment variable that holds the same, instead of the file."""
+    key_encryption_kms_socket: Path | None = None
+    """Where a KMS v2 plugin of Kubernetes listens, which holds the key instead of this process."""
     public_url: str = ""
     """Where clients find the gateway's HTTP, such as `https://api.example`; empty: at `issuer`. The token
     endpoint below it is an audience that clients may sign their assertions for (RFC 7523)."""
@@ -74,8 +76,16 @@ class AuthSettings(ServiceSettings):
     def _one_of_each(self) -> AuthSettings:
         if self.db_url is not None and self.db_file is not None:
             raise ValueError("db_url and db_file exclude each other: set one")
-        if self.key_encryption_key_env is not None and self.key_encryption_key_file is not None:
-            raise ValueError("key_encryption_key_env and key_encryption_key_file exclude each other: set one")
+        ways = (
+            self.key_encryption_key_file,
+            self.key_encryption_key_env,
+            self.key_encryption_kms_socket,
+        )
+        if sum(way is not None for way in ways) > 1:
+            raise ValueError(
+                "key_encryption_key_file, key_encryption_key_env and key_encryption_kms_socket exclude each "
+                "other: set one"
+            )
         return self
 
     @model_validator(mode="after")

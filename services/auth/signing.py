@@ -29,7 +29,7 @@ from services.auth.store import SigningKey, Store
 from services.mesh.access_token import ALGORITHM
 from services.mesh.app import StartError
 from services.mesh.clock import Clock
-from services.mesh.errors import DataCorrupt, LlmosError
+from services.mesh.errors import DataCorrupt, DependencyUnavailable, LlmosError
 
 log = logging.getLogger(__name__)
 
@@ -65,11 +65,14 @@ class KeyRing:
         self._rotating: asyncio.Task[None] | None = None
 
     async def start(self) -> None:
-        """Raises StartError where a stored key cannot be read."""
-        await self.rotate()
-        for key in self._keys:
-            if self._sealer is not None and not key.sealed:
-                await self._store.replace_signing_key(await self._seal(key))
+        """Raises StartError where a stored key cannot be read, or a new one not be sealed."""
+        try:
+            await self.rotate()
+            for key in self._keys:
+                if self._sealer is not None and not key.sealed:
+                    await self._store.replace_signing_key(await self._seal(key))
+        except DependencyUnavailable as error:
+            raise StartError(f"there are no signing keys: {error.message}") from error
         self._rotating = asyncio.create_task(self._rotate_for_ever(), name="key-rotation")
 
     async def stop(self) -> None:
