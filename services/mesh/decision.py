@@ -104,6 +104,14 @@ class PolicyEngine:
             return Decision(False, "key models", f"The API key may not be used for the model `{model}`.")
         return _by_roles(identity, action, facts, address, caller.view)
 
+    def prepare_for(self, before: PolicyEngine) -> None:
+        """Compiles what the engine before had to, so that no request waits for it. May run in a thread, while
+        `before` decides."""
+        for key, known in tuple(before._callers.items()):
+            view = self._caller(*key).view
+            for made in tuple(known.view.indexes):
+                view.index(*made)
+
     def plan(self, tenant_id: str) -> Plan | None:
         """The tenant's plan; None where the policy knows no such tenant, or its plan is gone."""
         return self._plans.get(self._plan_ids.get(tenant_id, ""))
@@ -194,21 +202,21 @@ class _View:
         for role in foreign:
             self._denies += _rules(role, Effect.DENY)
         self._may = frozenset(self.unconditional).union(*(rule.scopes for rule, _ in self._allows))
-        self._indexes: dict[tuple[Effect, str, int], RuleIndex[Decision]] = {}
+        self.indexes: dict[tuple[Effect, str, int], RuleIndex[Decision]] = {}
 
     def may_allow(self, scope: str) -> bool:
         """Whether anything allows the scope, under whatever condition."""
         return scope in self._may or EVERY_SCOPE in self._may
 
-    def first(self, effect: Effect, scope: str, query: Query) -> Decision | None:
-        """What the first rule that matches says. An empty scope is that of an action that needs none."""
-        key = (effect, scope, query.known)
-        index = self._indexes.get(key)
+    def index(self, effect: Effect, scope: str, known: int) -> RuleIndex[Decision]:
+        """What the rules say. An empty scope is that of an action that needs none."""
+        key = (effect, scope, known)
+        index = self.indexes.get(key)
         if index is None:
             rules = self._allows if effect is Effect.ALLOW else self._denies
             fit = [each for each in rules if not each[0].scopes.isdisjoint((scope, EVERY_SCOPE))]
-            index = self._indexes[key] = RuleIndex(fit, effect, query.known)
-        return index.first(query)
+            index = self.indexes[key] = RuleIndex(fit, effect, known)
+        return index
 
 
 @dataclass(frozen=True, slots=True)
@@ -240,7 +248,7 @@ def _by_roles(
     query = Query(address, facts.at, facts.model, facts.task, facts.max_tokens, facts.labels)
     # A rule that denies any of the scopes denies the action, even where another scope would do.
     for scope in action.scopes or ("",):
-        denied = view.first(Effect.DENY, scope, query)
+        denied = view.index(Effect.DENY, scope, query.known).first(query)
         if denied is not None:
             return denied
     if not action.scopes:
@@ -252,7 +260,7 @@ def _by_roles(
         if role_id is not None:
             return Decision(True, f"role {role_id}", f"The role `{role_id}` allows `{scope}`.")
     for scope in scopes:
-        allowed = view.first(Effect.ALLOW, scope, query)
+        allowed = view.index(Effect.ALLOW, scope, query.known).first(query)
         if allowed is not None:
             return allowed
     return Decision(False, DEFAULT, "No rule of the credential's roles allows this request.")

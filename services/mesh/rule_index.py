@@ -26,6 +26,7 @@ MODEL, TASK, TOKENS, LABELS = 1, 2, 4, 8
 
 _Key = tuple[str, Hashable]
 _V = TypeVar("_V")
+_NO_BLOCKS: NetworkMap[bool] = NetworkMap()
 
 
 class Glob:
@@ -211,10 +212,11 @@ class _Test:
         self._max_tokens = condition.max_tokens if use & TOKENS else 0
         self._above = effect is Effect.DENY
         self._labels = frozenset(condition.labels.items()) if use & LABELS else frozenset()
-        self._addresses = NetworkMap((block, True) for block in condition.addresses)
+        blocks = condition.addresses
+        self._addresses = NetworkMap((block, True) for block in blocks) if blocks else _NO_BLOCKS
         self.times = [_Window(window, unknown=self._above) for window in condition.times]
         self.conditional = bool(use or condition.addresses or condition.times)
-        self.filings = self._filings(condition.addresses)
+        self.filings = self._filings(blocks) if self.conditional else []
         """The ways to file it: under each key of one of these lists."""
 
     def holds(self, query: Query) -> bool:

@@ -175,9 +175,16 @@ class PolicySource:
     async def take(self, answer: PolicyAnswer) -> bool:
         """Takes over one answer; a new document is prepared in a thread, beside the requests."""
         if answer.document is not None and (self._engine is None or answer.version != self._version):
-            self._engine = await asyncio.to_thread(PolicyEngine, answer.document, answer.version)
+            self._engine = await asyncio.to_thread(_prepared, answer.document, answer.version, self._engine)
             self._version = answer.version
         return self._engine is not None
+
+
+def _prepared(document: PolicyDocument, version: int, before: PolicyEngine | None) -> PolicyEngine:
+    engine = PolicyEngine(document, version)
+    if before is not None:
+        engine.prepare_for(before)
+    return engine
 
 
 def watch_revocations(

@@ -124,6 +124,14 @@ def test_another_tenants_role_gives_nothing_and_still_denies(owner: str, allowed
     assert not decide(denying, caller("custom", direct="generate")).allowed
 
 
+def test_an_engine_is_prepared_for_what_the_one_before_was_asked() -> None:
+    before, after = engine(rule("all", ALLOW)), engine(rule("none", DENY))
+    assert decide(before, caller("custom")).allowed
+    after.prepare_for(before)
+    assert decide(before, caller("custom")).allowed
+    assert not decide(after, caller("custom", direct="generate")).allowed
+
+
 # -- conditions ------------------------------------------------------------------------------------------
 
 
