@@ -5,6 +5,7 @@ from __future__ import annotations
 
 from collections.abc import Collection, Iterable
 from dataclasses import dataclass
+from datetime import datetime
 from enum import Enum, auto
 
 from services.auth import policy
@@ -58,6 +59,7 @@ class Exchange:
         self._proofs = proofs
         self._tokens = tokens
         self._issuer = issuer
+        self._clock = clock
         self._people = People(store, clock)
         self._providers = providers
 
@@ -74,13 +76,16 @@ class Exchange:
 
         Raises what `Proofs.client` raises, and then what `policy.granted` raises.
         """
-        return await self._issued(await self._proofs.client(client_id, secret, assertion), audience, wanted)
+        asked_at = self._clock.now()
+        proven = await self._proofs.client(client_id, secret, assertion)
+        return await self._issued(proven, audience, wanted, asked_at)
 
     async def by_api_key(
         self, text: str, audience: Audience = Audience.GATEWAY, wanted: Collection[str] = ()
     ) -> SignedToken:
         """A token for whoever has the key. Raises as `by_secret` does."""
-        return await self._issued(await self._proofs.api_key(text), audience, wanted)
+        asked_at = self._clock.now()
+        return await self._issued(await self._proofs.api_key(text), audience, wanted, asked_at)
 
     async def exchange(
         self, subject_token: str, kind: SubjectKind, audience: Audience, wanted: Collection[str]
@@ -97,8 +102,9 @@ class Exchange:
         if self._providers is None:
             raise CredentialInvalid("No identity provider is configured here.")
         person = await self._providers.verify(subject_token)
+        asked_at = self._clock.now()
         owned = await self._people.client(person)
-        return await self._issued(Proven(owned.client.client_id, owned), audience, wanted)
+        return await self._issued(Proven(owned.client.client_id, owned), audience, wanted, asked_at)
 
     async def reach(self, owned: Owned) -> Reach:
         """The scopes that a client could use, under whatever conditions, and the roles that count for it."""
@@ -110,7 +116,9 @@ class Exchange:
             frozenset(role.role_id for role in roles),
         )
 
-    async def _issued(self, proven: Proven, audience: Audience, wanted: Collection[str]) -> SignedToken:
+    async def _issued(
+        self, proven: Proven, audience: Audience, wanted: Collection[str], asked_at: datetime
+    ) -> SignedToken:
         owned, key = proven.owned, proven.key
         if owned is None:
             scopes = policy.granted(proven.client_id, frozenset(), audience, wanted)
@@ -130,11 +138,13 @@ class Exchange:
                 direct_scopes=owned.client.scopes & scopes,
                 models=() if key is None else key.models,
                 addresses=() if key is None else key.addresses,
-            )
+            ),
+            asked_at,
         )
 
     async def _narrowed(self, token: str, audience: Audience, wanted: Collection[str]) -> SignedToken:
         """One that says the same of fewer scopes, and ends when the first one does."""
+        asked_at = self._clock.now()
         verified = await self._tokens.verify(token)
         identity = verified.identity()
         if verified.audience != Audience.GATEWAY:
@@ -153,7 +163,8 @@ class Exchange:
                 direct_scopes=direct,
                 models=identity.models,
                 addresses=identity.addresses,
-            )
+            ),
+            asked_at,
         )
 
     async def _roles(self, role_ids: Iterable[str]) -> list[Role]:

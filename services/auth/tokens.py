@@ -58,10 +58,14 @@ class TokenIssuer:
         self._issuer = issuer
         self._ttl_s = ttl_s
 
-    def issue(self, grant: Grant) -> SignedToken:
-        """Raises CredentialExpired where the credential ends within the second, and StateConflict where
+    def issue(self, grant: Grant, asked_at: datetime | None = None) -> SignedToken:
+        """The token says that it was issued at `asked_at`, where that is given: a moment before the
+        credential was read. Were it the present, a token whose credential is revoked in between would look
+        newer than the revocation, which would not refuse it.
+
+        Raises CredentialExpired where the credential ends within the second, and StateConflict where
         its roles and limits are so many that no verifier would take the token."""
-        issued = int(self._clock.now().timestamp())
+        issued = int((asked_at or self._clock.now()).timestamp())
         expires = issued + self._ttl_s
         if grant.not_after is not None:
             expires = min(expires, int(grant.not_after.timestamp()))

@@ -199,6 +199,7 @@ async def refused_everywhere(world: World, victim: Victim) -> None:
         assert await world.replicas.refuse(replica, victim.token), (victim.what, replica)
 
 
+@pytest.mark.slow
 async def test_r23_what_is_revoked_is_refused_everywhere_within_5_s(world: World) -> None:
     """Under load, and again by each process when it was restarted."""
     identities, mesh = world.identities, world.mesh
@@ -279,6 +280,7 @@ async def _is(world: World, gateway: str, credential: str, reason: str) -> bool:
     return await refusal(world.mesh, gateway, credential) == reason
 
 
+@pytest.mark.slow
 async def test_r23_cut_off_from_auth_a_token_works_until_its_end(make_mesh: MeshFactory) -> None:
     mesh = make_mesh(None, replicas=REPLICAS)
     mesh.configure("auth", access_token_ttl_s=10)

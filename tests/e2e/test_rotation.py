@@ -80,6 +80,7 @@ class Load:
             self._seen.refused[calls.reason_of(error) or f"{error.code().name}: {error.details()}"] += 1
 
 
+@pytest.mark.slow
 async def test_r22_keys_rotate_every_5_s_at_200_requests_a_second(make_mesh: MeshFactory) -> None:
     mesh = make_mesh(None)
     mesh.configure(
