@@ -198,7 +198,7 @@ def _check_times(claims: Mapping[str, Any], now_s: float) -> float:
 def _time(claims: Mapping[str, Any], name: str) -> float:
     value = claims.get(name)
     # bool is an int in Python; some libraries write fractions (RFC 7519, section 2: NumericDate)
-    if type(value) not in (int, float) or not 0 <= value < _MAX_TIME_S:
+    if isinstance(value, bool) or not isinstance(value, int | float) or not 0 <= value < _MAX_TIME_S:
         refuse(f"its claim {name} is missing or malformed")
     return float(value)
 

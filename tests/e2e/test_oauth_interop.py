@@ -21,6 +21,7 @@ from llmos.auth.v1.token_service_pb2_grpc import TokenServiceStub
 
 from services.mesh.channel import Channel
 from services.mesh.clock import SystemClock
+from services.mesh.errors import CredentialInvalid, LlmosError, Status
 from services.mesh.tokens import Audience
 from tests.framework.access_tokens import AUDIENCE, ISSUER, KID, forgeries, honest_claims, jwks_of, signed
 from tests.framework.foreign_verifier import GoUnavailable, built, serving_jwks, verdicts
@@ -163,6 +164,38 @@ async def test_authlib(platform: Platform) -> None:
             async with asyncio.timeout(REVOKED_WITHIN_S):
                 while await platform.lists_models(token):
                     pass
+
+
+async def test_the_same_on_grpc(platform: Platform) -> None:
+    channel = Channel(platform.mesh.target(), clock=CLOCK)
+    stub = TokenServiceStub(channel)
+    audience = token_service_pb2.AUDIENCE_GATEWAY
+    issued = await stub.IssueToken(
+        token_service_pb2.IssueTokenRequest(client_id="app", client_secret=platform.secret, audience=audience)
+    )
+    assert await platform.lists_models(issued.access_token.token)
+    proof = token_service_pb2.ClientCredential(client_id="app", client_secret=platform.secret)
+    token = issued.access_token.token
+    found = await stub.IntrospectToken(token_service_pb2.IntrospectTokenRequest(client=proof, token=token))
+    assert (found.active, found.client_id, found.asked_by.client_id) == (True, "app", "app")
+    await stub.RevokeToken(token_service_pb2.RevokeTokenRequest(client=proof, token=token))
+    found = await stub.IntrospectToken(token_service_pb2.IntrospectTokenRequest(client=proof, token=token))
+    assert not found.active
+    assert not found.subject
+    # what is for services is refused at the edge: their secrets, and their methods
+    own = (platform.mesh.state.secrets / "inference").read_text().strip()
+    with pytest.raises(CredentialInvalid):
+        await stub.IssueToken(
+            token_service_pb2.IssueTokenRequest(
+                client_id="service:inference",
+                client_secret=own,
+                audience=token_service_pb2.AUDIENCE_AUTH,
+            )
+        )
+    with pytest.raises(LlmosError) as caught:
+        await stub.VerifyApiKey(token_service_pb2.VerifyApiKeyRequest(api_key=platform.mesh.admin_key))
+    assert caught.value.status in (Status.UNAUTHENTICATED, Status.PERMISSION_DENIED)
+    await channel.close()
 
 
 async def test_openid_client(platform: Platform) -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Awaitable, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable
 from typing import Any, TypeVar
 
 import grpc
@@ -12,6 +12,7 @@ from services.gateway import request as requests
 from services.gateway.oauth.clients import AuthTokens, identity_of
 from services.gateway.oauth.outcomes import Outcomes
 from services.mesh import context as request_context
+from services.mesh.errors import PolicyDenied
 from services.mesh.events import Edge
 
 Context = grpc.aio.ServicerContext[Any, Any]
@@ -56,7 +57,33 @@ class TokenServicer(token_service_pb2_grpc.TokenServiceServicer):
     ) -> token_service_pb2.GetJwksResponse:
         return await self._tokens.jwks()
 
+    async def VerifyApiKey(
+        self, request: token_service_pb2.VerifyApiKeyRequest, context: Context
+    ) -> token_service_pb2.VerifyApiKeyResponse:
+        raise _for_services()
+
+    async def WatchRevocations(
+        self, request: token_service_pb2.WatchRevocationsRequest, context: Context
+    ) -> AsyncIterator[token_service_pb2.WatchRevocationsResponse]:
+        nothing: Any
+        for nothing in ():  # makes this a stream, as the method is one
+            yield nothing
+        raise _for_services()
+
+    async def WatchPolicy(
+        self, request: token_service_pb2.WatchPolicyRequest, context: Context
+    ) -> AsyncIterator[token_service_pb2.WatchPolicyResponse]:
+        nothing: Any
+        for nothing in ():
+            yield nothing
+        raise _for_services()
+
     async def _forward(self, request: Any, call: Callable[[Any], Awaitable[Answer]]) -> Answer:
         requests.validate(request)
         method = request_context.require_current().method
         return await self._outcomes.of(Edge.GRPC, method, lambda: call(request), identity_of)
+
+
+def _for_services() -> PolicyDenied:
+    """The chain has refused such a call already."""
+    return PolicyDenied("Only services call this method, at auth.")
