@@ -8,7 +8,7 @@ from fnmatch import fnmatchcase
 from ipaddress import ip_address, ip_network
 from zoneinfo import ZoneInfo
 
-from hypothesis import given, settings
+from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from services.mesh.actions import Action
@@ -36,6 +36,7 @@ ANYTHING = Action("/t/Anything", ())
 ALLOW, DENY = Effect.ALLOW, Effect.DENY
 TENANTS = (TenantPolicy("org"), TenantPolicy("acme", parent_id="org"), TenantPolicy("evil"))
 BERLIN = "Europe/Berlin"
+PATIENT = settings(deadline=None, max_examples=100, suppress_health_check=[HealthCheck.too_slow])
 SCOPES = ("generate", "models.read", "tenant.admin")
 MODELS = ("a", "ab", "abc", "b")
 LABELS = st.dictionaries(st.sampled_from("xy"), st.sampled_from("12"), max_size=2)
@@ -205,7 +206,7 @@ def in_window(window: TimeWindow, at: datetime) -> bool:
     return False
 
 
-@settings(max_examples=300)
+@settings(PATIENT, max_examples=300)
 @given(documents(), IDENTITIES, ANY_ACTION, partly_known())
 def test_the_engine_decides_as_the_reference(
     document: PolicyDocument, identity: Identity, action: Action, known: tuple[Facts, Facts]
@@ -218,6 +219,7 @@ def test_the_engine_decides_as_the_reference(
         assert not (decision.allowed and decision.missing_scope)
 
 
+@PATIENT
 @given(documents(), IDENTITIES, ANY_ACTION, KNOWN, st.randoms(use_true_random=False))
 def test_the_order_of_rules_never_matters(
     document: PolicyDocument, identity: Identity, action: Action, known: Facts, random: object
@@ -231,6 +233,7 @@ def test_the_order_of_rules_never_matters(
     assert first.decide(identity, action, known) == second.decide(identity, action, known)
 
 
+@PATIENT
 @given(documents(), IDENTITIES, ANY_ACTION, partly_known(), RULES)
 def test_one_more_deny_never_allows_more_and_one_more_allow_never_less(
     document: PolicyDocument, identity: Identity, action: Action, known: tuple[Facts, Facts], added: Rule
@@ -244,6 +247,7 @@ def test_one_more_deny_never_allows_more_and_one_more_allow_never_less(
         assert (was >= now) if added.effect is DENY else (was <= now)
 
 
+@PATIENT
 @given(documents(), IDENTITIES, ANY_ACTION, KNOWN)
 def test_a_credential_never_gets_more_than_its_scopes(
     document: PolicyDocument, identity: Identity, action: Action, known: Facts
@@ -255,6 +259,7 @@ def test_a_credential_never_gets_more_than_its_scopes(
     assert not action.scopes or not PolicyEngine(document).decide(fewer, action, known).allowed
 
 
+@PATIENT
 @given(documents(), IDENTITIES, ANY_ACTION, partly_known())
 def test_what_is_allowed_in_the_end_is_allowed_before_all_is_known(
     document: PolicyDocument, identity: Identity, action: Action, known: tuple[Facts, Facts]
@@ -264,6 +269,7 @@ def test_what_is_allowed_in_the_end_is_allowed_before_all_is_known(
     assert policy.decide(identity, action, whole).allowed <= policy.decide(identity, action, part).allowed
 
 
+@PATIENT
 @given(documents())
 def test_a_document_comes_back_from_its_message(document: PolicyDocument) -> None:
     assert document_of(document_message(document)) == document
