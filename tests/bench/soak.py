@@ -163,7 +163,7 @@ async def _outcomes(mesh: MeshHarness, load: Load, complaints: list[str]) -> dic
 
 
 async def tenants(mesh: MeshHarness) -> dict[str, str]:
-    """Makes tenants with a client each; returns a key for each tenant. At auth itself: no gateway need run."""
+    """Makes tenants with a client each, at auth itself; returns a key for each tenant."""
     channel = mesh.channel("auth")
     issued = await token_service_pb2_grpc.TokenServiceStub(channel).IssueToken(
         token_service_pb2.IssueTokenRequest(

@@ -14,6 +14,7 @@ from google.protobuf.message import Message
 from llmos.auth.v1 import (
     admin_service_pb2,
     admin_service_pb2_grpc,
+    resource_pb2,
     token_service_pb2,
     token_service_pb2_grpc,
 )
@@ -24,11 +25,23 @@ from services.mesh.channel import Channel
 from services.mesh.clock import SystemClock
 from services.mesh.errors import CredentialInvalid, CredentialMissing, PolicyDenied, RequestInvalid
 from services.mesh.jwks import JwksCache
+from services.mesh.policy import SCOPES
 from services.mesh.tokens import Audience, ServiceTokens, VerifiedToken, Verifier
 from tests.framework.mesh import MeshHarness
 
 ISSUER = "https://auth.llmos.internal"
 CLOCK = SystemClock()
+ACME = admin_service_pb2.CreateResourceRequest(
+    resource=resource_pb2.Resource(tenant=resource_pb2.Tenant(id="acme"))
+)
+APP = admin_service_pb2.CreateResourceRequest(
+    resource=resource_pb2.Resource(
+        client=resource_pb2.Client(id="app", tenant_id="acme", scopes=["generate"])
+    )
+)
+KEY = admin_service_pb2.CreateResourceRequest(
+    resource=resource_pb2.Resource(api_key=resource_pb2.ApiKey(client_id="app"))
+)
 
 
 class AuthClient:
@@ -105,22 +118,17 @@ async def test_the_administrators_key_becomes_a_token(auth: AuthClient) -> None:
     response = await auth.verify_api_key(auth.mesh.admin_key)
     verified = await auth.verify(response.access_token.token)
     assert (verified.tenant_id, verified.client_id) == ("default", "admin")
-    assert (
-        verified.scopes == set(response.identity.scopes) == {"generate", "models.read", "audit.read", "admin"}
-    )
+    assert verified.scopes == set(response.identity.scopes) == set(SCOPES)
     assert verified.key_id == response.identity.key_id
 
 
 async def test_an_administrator_makes_a_tenant_a_client_and_a_key(auth: AuthClient) -> None:
-    await auth.administer("CreateTenant", admin_service_pb2.CreateTenantRequest(tenant_id="acme"))
-    made = await auth.administer(
-        "CreateClient",
-        admin_service_pb2.CreateClientRequest(tenant_id="acme", client_id="app", scopes=["generate"]),
-    )
-    issued = await auth.issue("app", made.client_secret, token_service_pb2.AUDIENCE_GATEWAY)
+    await auth.administer("CreateResource", ACME)
+    made = await auth.administer("CreateResource", APP)
+    issued = await auth.issue("app", made.secret, token_service_pb2.AUDIENCE_GATEWAY)
     assert (await auth.verify(issued.access_token.token)).scopes == {"generate"}
-    key = await auth.administer("CreateApiKey", admin_service_pb2.CreateApiKeyRequest(client_id="app"))
-    assert (await auth.verify_api_key(key.api_key)).identity.key_id == key.key_id
+    key = await auth.administer("CreateResource", KEY)
+    assert (await auth.verify_api_key(key.secret)).identity.key_id == key.resource.api_key.id
 
 
 async def test_what_is_wrong_is_refused(auth: AuthClient) -> None:
@@ -137,7 +145,7 @@ async def test_what_is_wrong_is_refused(auth: AuthClient) -> None:
         await auth.issue("admin", auth.mesh.admin_key, 99)
     stub = admin_service_pb2_grpc.AdminServiceStub(auth.gateway)
     with pytest.raises(PolicyDenied):
-        await stub.CreateTenant(admin_service_pb2.CreateTenantRequest(tenant_id="acme"))
+        await stub.CreateResource(ACME)
     token = await auth.own.token(Audience.AUTH)
     with pytest.raises(CredentialInvalid):
         await auth.verify(token, Audience.INFERENCE)
@@ -146,7 +154,7 @@ async def test_what_is_wrong_is_refused(auth: AuthClient) -> None:
 async def test_r08_a_killed_service_forgets_nothing(auth: AuthClient) -> None:
     key = auth.mesh.admin_key
     before = await auth.verify_api_key(key)
-    await auth.administer("CreateTenant", admin_service_pb2.CreateTenantRequest(tenant_id="acme"))
+    await auth.administer("CreateResource", ACME)
     await auth.verify(before.access_token.token)
     auth.mesh.kill("auth")
     # known keys go on without auth
@@ -156,9 +164,7 @@ async def test_r08_a_killed_service_forgets_nothing(auth: AuthClient) -> None:
     after = await auth.verify_api_key(key)
     assert (await auth.verify(after.access_token.token)).client_id == "admin"
     assert (await auth.verify(before.access_token.token)).client_id == "admin"
-    await auth.administer(
-        "CreateClient", admin_service_pb2.CreateClientRequest(tenant_id="acme", client_id="app")
-    )
+    await auth.administer("CreateResource", APP)
     assert await auth.mesh.stop("auth") == 0
 
 

@@ -10,18 +10,24 @@ from typing import Any
 
 import grpc
 import pytest
-from click.testing import Result
 from llmos.auth.v1 import admin_service_pb2 as pb
 from llmos.auth.v1 import policy_pb2, resource_pb2
+from llmos.gateway.v1 import policy_service_pb2
 from llmos_client import Resource
 from llmos_client.cli import app
-from typer.testing import CliRunner
+from typer.testing import CliRunner, Result
 
 from tests.framework.scripted_gateway import Fail, ScriptedGateway
 
 Llmos = Callable[..., Result]
 CLIENT = Resource(client=resource_pb2.Client(id="app", tenant_id="acme", scopes=["generate"]), etag="7")
 KEY = Resource(api_key=resource_pb2.ApiKey(id="key_1", client_id="app", prefix="AbCdEfGh"))
+BUDGET = policy_pb2.PlanLimit(
+    unit=policy_service_pb2.LIMIT_UNIT_BUDGET_TOKENS,
+    scope=policy_service_pb2.LIMIT_SCOPE_CLIENT,
+    limit=5,
+    period=policy_pb2.BUDGET_PERIOD_DAY,
+)
 SECRET = "llmos_canary"
 
 
@@ -117,7 +123,7 @@ def test_makes_every_kind(gateway: ScriptedGateway, llmos: Llmos) -> None:
         (
             ["plan", "p", "--limit", "{unit: budget_tokens, scope: client, limit: 5, period: day}"],
             "plan",
-            policy_pb2.Plan(id="p", limits=[policy_pb2.PlanLimit(unit=4, scope=2, limit=5, period=1)]),
+            policy_pb2.Plan(id="p", limits=[BUDGET]),
         ),
         (
             ["address-rule", "office", "--deny", "10.0.0.0/8"],
