@@ -115,7 +115,7 @@ async def auth() -> AsyncIterator[Auth]:
         issuer=issuer,
         exchange=exchange,
         introspection=Introspection(store, proofs, tokens, exchange, clock),
-        access=AccessControl(verifier),
+        access=AccessControl(verifier, store, clock),
         last_use=last_use,
         providers=providers,
     )
