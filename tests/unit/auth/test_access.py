@@ -83,7 +83,7 @@ def test_r26_every_method_of_the_contract_has_a_rule() -> None:
 
 def token(auth: Auth, audience: Audience, client_id: str, scopes: frozenset[str] = frozenset()) -> str:
     tenant_id = "" if client_id.startswith("service:") else TENANT
-    return auth.issuer.issue(Grant(client_id, audience, scopes, tenant_id)).token
+    return str(auth.issuer.issue(Grant(client_id, audience, scopes, tenant_id)).token)
 
 
 async def credential(auth: Auth, kind: str) -> dict[str, str | bytes]:

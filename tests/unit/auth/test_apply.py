@@ -195,7 +195,8 @@ async def test_an_etag_of_another_state_is_a_conflict(office: Office) -> None:
     stored = await office.get(Kind.CLIENT, "client-0")
     await office.update(Kind.CLIENT, "client-0", display_name="theirs")
     by = await office.by()
-    mine = Given(replace(stored.resource, display_name="mine"), stored.version)  # type: ignore[type-var]
+    assert isinstance(stored.resource, Client)
+    mine = Given(replace(stored.resource, display_name="mine"), stored.version)
     with pytest.raises(Conflict, match="client-0"):
         await office.configuration.apply(by, [mine])
     gone = Given(Client("never", "acme"), 3)
@@ -261,13 +262,13 @@ resources = st.one_of(
     ),
     st.builds(lambda n, limit: Plan(f"p{n}", str(limit)), st.integers(0, 2), st.integers(0, 9)),
 )
+_NEEDED = {(Kind.TENANT, "t0"), (Kind.ROLE, "r0"), (Kind.ROLE, "r1")}
 documents = st.lists(resources, max_size=12, unique_by=shapes.key_of).map(
     lambda found: [
         *(one for one in found if shapes.key_of(one) not in _NEEDED),
         *(Tenant("t0"), Role("r0"), Role("r1")),
     ]
 )
-_NEEDED = {(Kind.TENANT, "t0"), (Kind.ROLE, "r0"), (Kind.ROLE, "r1")}
 
 
 @settings(max_examples=60, deadline=None)

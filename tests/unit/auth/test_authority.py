@@ -141,14 +141,15 @@ async def test_leaves_tenants_plans_and_what_is_the_deployments(office: Office) 
             await office.administration.update(by, Given(resource))
         with pytest.raises(ScopeMissing):
             await office.administration.delete(by, Given(resource).key)
-    for resource in (
+    more: list[Resource] = [
         Tenant("acme-new", parent_id="acme"),
         Plan("x"),
         Role("x"),
         AddressRule("x", Effect.ALLOW, NETWORK),
-    ):
+    ]
+    for new in more:
         with pytest.raises(ScopeMissing):
-            await office.create(resource, by="acme-admin")
+            await office.create(new, by="acme-admin")
     with pytest.raises(ScopeMissing):
         await office.administration.revoke_token(by, "jti", cut_streams=True)
     with pytest.raises(ScopeMissing):
