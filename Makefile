@@ -107,7 +107,7 @@ bench-lookup: dev-env ## Measure prompt lookup at one stream, beside the same en
 	@$(PY) -m tests.bench.lookup $(if $(ROUNDS),--rounds $(ROUNDS)) $(ARGS)
 
 .PHONY: bench-auth
-bench-auth: dev-env ## Measure what a credential and a decision cost, with few and with many tenants and keys (ROUNDS=15)
+bench-auth: dev-env ## Measure what a credential and a decision cost, with few and with many tenants and keys (ROUNDS=25)
 	@$(PY) -m tests.bench.auth $(if $(ROUNDS),--rounds $(ROUNDS)) $(ARGS)
 
 .PHONY: bench-start

@@ -57,7 +57,7 @@ Figures = dict[str, list[float]]
 class Size:
     """How much is measured."""
 
-    rounds: int = 15
+    rounds: int = 25
     calls: int = 2000
     rules: int = 1000
     tenants: int = 1000
@@ -219,7 +219,7 @@ def _cell(taken_s: Sequence[float]) -> str:
 
 def main(argv: Sequence[str]) -> int:
     parser = argparse.ArgumentParser(prog="python -m tests.bench.auth", description=__doc__)
-    parser.add_argument("--rounds", type=int, default=15)
+    parser.add_argument("--rounds", type=int, default=25)
     given = parser.parse_args(argv)
     try:
         with tempfile.TemporaryDirectory(prefix="llmos-bench-") as folder:
