@@ -171,6 +171,6 @@ async def test_r24_a_dump_of_the_store_has_no_secret(tmp_path: Path) -> None:
     dumps += contents(tmp_path)
     whole = b"\n".join(dumps)
     assert b"app-19" in whole
-    for secret in secrets:
-        for form in forms(secret):
+    for each in secrets:
+        for form in forms(each):
             assert form not in whole

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 
+from deploy.dev.environment import ROOT
 from services.mesh.decision import PolicyEngine
 from tests.bench import auth, report
 from tests.bench.auth import (
@@ -31,7 +32,7 @@ async def test_it_measures_all_and_says_its_aims(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
 
-    monkeypatch.setattr(report, "write", lambda name, content: auth.ROOT / "bench-results" / name)
+    monkeypatch.setattr(report, "write", lambda name, content: ROOT / "bench-results" / name)
     size = Size(rounds=1, calls=10, rules=20, tenants=3, keys=30)
     tables, aims = await auth.bench(size, tmp_path, print)
     report.show(tables, aims)
