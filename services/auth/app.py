@@ -68,10 +68,16 @@ async def build(settings: AuthSettings, clock: Clock) -> App:
         clock,
         rotation_s=settings.signing_key_rotation_s,
         publish_ahead_s=settings.signing_key_publish_ahead_s,
-        token_ttl_s=settings.access_token_ttl_s,
+        token_ttl_s=settings.longest_token_ttl_s,
         sealer=sealer,
     )
-    issuer = TokenIssuer(ring, clock, issuer=settings.issuer, ttl_s=settings.access_token_ttl_s)
+    issuer = TokenIssuer(
+        ring,
+        clock,
+        issuer=settings.issuer,
+        ttl_s=settings.access_token_ttl_s,
+        service_ttl_s=settings.service_token_ttl_s,
+    )
     last_use = LastUse(store, clock)
     assertions = Assertions(store, clock, audiences=frozenset({settings.issuer, settings.token_endpoint}))
     proofs = Proofs(store, clock, assertions, last_use, service_digests)

@@ -63,7 +63,10 @@ class AuthSettings(ServiceSettings):
     """So many wrong credentials from one address, or for one name, slow nobody down; more do, and one is
     forgiven every minute. Not for what comes through the gateway, which counts itself."""
     access_token_ttl_s: int = Field(default=300, ge=10, le=MAX_LIFETIME_S)
-    """How long a token lives."""
+    """How long a caller's token lives."""
+    service_token_ttl_s: int = Field(default=900, ge=10, le=MAX_LIFETIME_S)
+    """How long a service's own token lives. They are renewed at two thirds of it: three times a caller's, so
+    that without auth no service is shut out before the callers that it knows."""
     revocation_cuts_streams: bool = False
     """Whether what an administrator disables or deletes also ends its running streams; a `Revoke` says so
     itself."""
@@ -92,12 +95,16 @@ class AuthSettings(ServiceSettings):
     def _rotation(self) -> AuthSettings:
         if self.signing_key_publish_ahead_s >= self.signing_key_rotation_s:
             raise ValueError("signing_key_publish_ahead_s must be shorter than signing_key_rotation_s")
-        published_s = self.access_token_ttl_s + RETIRE_MARGIN_S + self.signing_key_publish_ahead_s
+        published_s = self.longest_token_ttl_s + RETIRE_MARGIN_S + self.signing_key_publish_ahead_s
         if published_s / self.signing_key_rotation_s + 4 > MAX_KEYS:
             raise ValueError(
                 f"signing_key_rotation_s is too short: more than {MAX_KEYS} keys would be published at a time"
             )
         return self
+
+    @property
+    def longest_token_ttl_s(self) -> int:
+        return max(self.access_token_ttl_s, self.service_token_ttl_s)
 
     @property
     def key_encryption_key(self) -> SecretStr | None:

@@ -228,8 +228,8 @@ class Filter:
     """What `list` returns; empty fields do not filter."""
 
     tenant_ids: frozenset[str] | None = None
-    """Tenants, and what belongs to them (a key by its client; a role or address rule of the deployment belongs
-    to none, and is not among it)."""
+    """Tenants, and what belongs to them (a key by its client; a role or address rule of the deployment
+    belongs to none, and is not among it)."""
     client_id: str = ""
     prefix: str = ""
 
@@ -256,12 +256,12 @@ class Store(Protocol):
         """All of it or nothing; returns its version, 1 more than the commit's before. What has no effect (a
         Put of what is there already) leaves version and record as they are.
 
-        Raises AlreadyExists, NotFound (what is replaced or deleted, or what a reference names: a client's tenant
-        and roles, a key's client, a tenant's parent and plan, a provider's tenant and roles, a role's and an
-        address rule's tenant), StateConflict (a delete of what something refers to; a project of a project;
-        a change of a client's tenant or a key's client) and Conflict (`expected_version`). Built-in roles and
-        plans (`services.mesh.policy`) can be referred to without being stored, and not be put or deleted
-        (StateConflict).
+        Raises AlreadyExists, NotFound (what is replaced or deleted, or what a reference names: a client's
+        tenant and roles, a key's client, a tenant's parent and plan, a provider's tenant and roles, a role's
+        and an address rule's tenant), StateConflict (a delete of what something refers to; a project of a
+        project; a change of a client's tenant or a key's client) and Conflict (`expected_version`). Built-in
+        roles and plans (`services.mesh.policy`) can be referred to without being stored, and not be put or
+        deleted (StateConflict).
         """
 
     async def get(self, kind: Kind, resource_id: str) -> Stored | None: ...

@@ -52,11 +52,13 @@ class SignedToken(IssuedToken):
 class TokenIssuer:
     """Turns grants into tokens."""
 
-    def __init__(self, ring: KeyRing, clock: Clock, *, issuer: str, ttl_s: int) -> None:
+    def __init__(self, ring: KeyRing, clock: Clock, *, issuer: str, ttl_s: int, service_ttl_s: int) -> None:
+        """`ttl_s`: how long a caller's token lives, `service_ttl_s` a service's own."""
         self._ring = ring
         self._clock = clock
         self._issuer = issuer
         self._ttl_s = ttl_s
+        self._service_ttl_s = service_ttl_s
 
     def issue(self, grant: Grant, asked_at: datetime | None = None) -> SignedToken:
         """The token says that it was issued at `asked_at`, where that is given: a moment before the
@@ -66,7 +68,7 @@ class TokenIssuer:
         Raises CredentialExpired where the credential ends within the second, and StateConflict where
         its roles and limits are so many that no verifier would take the token."""
         issued = int((asked_at or self._clock.now()).timestamp())
-        expires = issued + self._ttl_s
+        expires = issued + (self._ttl_s if grant.tenant_id else self._service_ttl_s)
         if grant.not_after is not None:
             expires = min(expires, int(grant.not_after.timestamp()))
         if expires <= issued:

@@ -66,7 +66,7 @@ from services.mesh.source_address import TrustedProxies
 from services.mesh.spool import Spool
 from services.mesh.tls import TlsFiles
 from services.mesh.tokens import Audience, Verifier
-from services.mesh.watch_client import GrpcWatches
+from services.mesh.watch_client import MAX_ANSWER_BYTES, GrpcWatches
 from services.mesh.watching import POLICY, REVOCATIONS, PolicySource, watch_policy, watch_revocations
 from services.mesh.watermark_client import GrpcWatermarks
 
@@ -115,13 +115,13 @@ async def build(settings: GatewaySettings, clock: Clock) -> App:
     anonymous = Channel(settings.auth_target, clock=clock, tls=tls)
     tokens = own_tokens(settings, anonymous, clock)
 
-    def channel(target: str, audience: Audience) -> Channel:
-        max_bytes = settings.max_message_bytes
+    def channel(target: str, audience: Audience, max_bytes: int = settings.max_message_bytes) -> Channel:
         return Channel(
             target, clock=clock, tls=tls, tokens=tokens, audience=audience, max_message_bytes=max_bytes
         )
 
     auth = channel(settings.auth_target, Audience.AUTH)
+    telling = channel(settings.auth_target, Audience.AUTH, MAX_ANSWER_BYTES)
     log = channel(settings.logging_target, Audience.LOGGING)
     inference = [channel(target, Audience.INFERENCE) for target in settings.inference_targets]
 
@@ -140,7 +140,7 @@ async def build(settings: GatewaySettings, clock: Clock) -> App:
     trail = AuditTrail(spool, clock, running.is_cut)
 
     # What auth tells: whom not to let in, and by which rules.
-    watches = GrpcWatches(auth)
+    watches = GrpcWatches(telling)
     revoked, policy = RevocationList(clock), PolicySource()
     credentials = RunningCredentials(revoked)
 
@@ -290,6 +290,7 @@ async def build(settings: GatewaySettings, clock: Clock) -> App:
         components=(
             anonymous,
             auth,
+            telling,
             log,
             *inference,
             Closing(tokens.close),

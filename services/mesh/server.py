@@ -31,6 +31,7 @@ HEALTH = "grpc.health.v1.Health"
 INFRASTRUCTURE = ("/grpc.health.v1.Health/", "/grpc.reflection.")
 """Health and reflection: open to everyone, outside of the chain."""
 
+MAX_SEND_BYTES = 64 * 1024 * 1024
 STOP_MARGIN_S = 10.0
 """grpc's own grace is so much longer than ours, which awaits the `finally` of what it cancels."""
 MAX_INFRASTRUCTURE_STREAMS = 256
@@ -42,7 +43,8 @@ KEEPALIVE_TIME_MS = 20_000
 def server_options(settings: ServiceSettings) -> list[tuple[str, Any]]:
     return [
         ("grpc.max_receive_message_length", settings.max_message_bytes),
-        ("grpc.max_send_message_length", settings.max_message_bytes),
+        # What is sent is our own, and bounded where it is made; the policy is larger than any request.
+        ("grpc.max_send_message_length", MAX_SEND_BYTES),
         ("grpc.max_metadata_size", settings.max_metadata_bytes),
         ("grpc.absolute_max_metadata_size", settings.max_metadata_bytes),
         ("grpc.max_concurrent_streams", min(settings.max_concurrent_calls + 64, 2**31 - 1)),

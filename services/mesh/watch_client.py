@@ -17,6 +17,8 @@ from services.mesh.watching import PolicyAnswer, RevocationsAnswer
 
 log = logging.getLogger(__name__)
 
+MAX_ANSWER_BYTES = 64 * 1024 * 1024
+"""The whole policy comes in one answer; auth keeps it smaller than that."""
 STREAM_TIMEOUT_S = 86_400.0
 """More than auth lets a call last, so that it is auth that ends it."""
 _KINDS = {kind.value: kind for kind in RevocationKind}

@@ -182,7 +182,9 @@ async def deployment(database: Path, *, tenants: int, api_keys: int) -> AsyncIte
     clock = SystemClock()
     store = sqlite_store(database)
     await store.start()
-    ring = SigningRing(store, clock, rotation_s=86_400, publish_ahead_s=3600, token_ttl_s=3600)
+    ring = SigningRing(
+        store, clock, rotation_s=86_400, publish_ahead_s=3600, token_ttl_s=3600, service_ttl_s=3600
+    )
     await ring.start()
     try:
         texts = [keys.new_api_key() for _ in range(api_keys)]

@@ -76,7 +76,7 @@ async def check(original: Deployment, restored: Deployment, key: str) -> None:
     assert restored.ring.jwks_json() == original.ring.jwks_json()
     assert restored.ring.current()[0] == original.ring.current()[0]
     for one, other in ((original, restored), (restored, original)):
-        token = TokenIssuer(one.ring, one.clock, issuer="https://a", ttl_s=60).issue(
+        token = TokenIssuer(one.ring, one.clock, issuer="https://a", ttl_s=60, service_ttl_s=60).issue(
             Grant("admin", Audience.GATEWAY, frozenset(), "default")
         )
         verifier = Verifier(other.ring, issuer="https://a", audience=Audience.GATEWAY, clock=other.clock)

@@ -88,6 +88,7 @@ async def test_r22_keys_rotate_every_5_s_at_200_requests_a_second(make_mesh: Mes
         signing_key_rotation_s=ROTATION_S,
         signing_key_publish_ahead_s=4,
         access_token_ttl_s=30,
+        service_token_ttl_s=30,
     )
     for name in ("inference", *GATEWAYS):
         mesh.configure(name, jwks_refresh_s=1)

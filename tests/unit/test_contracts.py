@@ -40,6 +40,8 @@ UNLIMITED = {
 """Fields of requests without an upper limit, each with the reason why it needs none."""
 
 ZERO_IS_NOT_SET = {
+    "llmos.auth.v1.Client.kind": "a client is a program where nothing else is said",
+    "llmos.auth.v1.PlanLimit.period": "only budgets have one",
     "llmos.inference.v1.GenerateRequest.priority": "a gateway of before there were priorities sends none",
     "llmos.logging.v1.RequestFilter.outcome": "a filter's fields that are not set do not filter",
 }

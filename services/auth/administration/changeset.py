@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from datetime import datetime
 
 from services.auth import policy
-from services.auth.administration import checking, revoking
+from services.auth.administration import checking, revoking, size
 from services.auth.administration.authority import Administrator, reach, usable
 from services.auth.administration.resources import there_is_no
 from services.auth.administration.world import World
@@ -87,6 +87,7 @@ class Changeset:
             except LlmosError as error:
                 raise name(write, error) from error
             refused += await self._revocations(write, cut_streams)
+        size.check(await self.world.policy_before(), self.world.planned)
         await self._require_stays_in(replaces_own_key)
         writes: list[Put | Delete] = [_as_write(write) for write in self.writes]
         return Batch(

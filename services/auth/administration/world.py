@@ -7,7 +7,7 @@ from collections.abc import AsyncIterator, Mapping
 from services.auth.administration.resources import built_in, there_is_no
 from services.auth.store import ApiKey, Client, Filter, Kind, Resource, Store, Stored, Tenant
 from services.auth.stores import shapes
-from services.mesh.policy import Role
+from services.mesh.policy import PolicyDocument, Role
 
 _PAGE = 1000
 
@@ -41,6 +41,7 @@ class World:
         self._read: dict[shapes.Key, Stored | None] = {}
         self._planned: dict[shapes.Key, Resource | None] = {}
         self._roles: Mapping[str, Role] | None = None
+        self._policy: PolicyDocument | None = None
 
     async def load(self, kind: Kind, filter_: Filter) -> list[Stored]:
         """Reads all of a kind at once."""
@@ -54,6 +55,11 @@ class World:
         if key not in self._read:
             self._read[key] = await self._store.get(*key)
         return self._read[key]
+
+    @property
+    def planned(self) -> Mapping[shapes.Key, Resource | None]:
+        """What will be other than it is; None: deleted."""
+        return self._planned
 
     def plan(self, key: shapes.Key, resource: Resource | None) -> None:
         """None: it will be deleted."""
@@ -95,10 +101,16 @@ class World:
         client = await self.client(resource.client_id) if isinstance(resource, ApiKey) else None
         return shapes.tenant_of(resource, client)
 
+    async def policy_before(self) -> PolicyDocument:
+        """The policy in force."""
+        if self._policy is None:
+            _, self._policy = await self._store.policy()
+        return self._policy
+
     async def roles_before(self) -> Mapping[str, Role]:
         """By id, what is built in included."""
         if self._roles is None:
-            _, document = await self._store.policy()
+            document = await self.policy_before()
             self._roles = {role.role_id: role for role in document.roles}
         return self._roles
 

@@ -98,9 +98,9 @@ class Auth:
 @pytest.fixture
 async def auth() -> AsyncIterator[Auth]:
     clock, store = ManualClock(), MemoryStore()
-    ring = KeyRing(store, clock, rotation_s=86_400, publish_ahead_s=3600, token_ttl_s=300)
+    ring = KeyRing(store, clock, rotation_s=86_400, publish_ahead_s=3600, token_ttl_s=900)
     await ring.start()
-    issuer = TokenIssuer(ring, clock, issuer=ISSUER, ttl_s=300)
+    issuer = TokenIssuer(ring, clock, issuer=ISSUER, ttl_s=300, service_ttl_s=900)
     digests = {name: keys.digest(secret) for name, secret in SERVICE_SECRETS.items()}
     verifier = Verifier(ring, issuer=ISSUER, audience=Audience.AUTH, clock=clock)
     last_use, providers = LastUse(store, clock), Providers()

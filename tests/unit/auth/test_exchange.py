@@ -65,6 +65,11 @@ class TestClientCredentials:
         with pytest.raises(CredentialInvalid):
             await auth.verify(signed.token, Audience.LOGGING)
 
+    async def test_r25_a_service_outlives_the_callers_that_it_knows_without_auth(self, auth: Auth) -> None:
+        """It renews at two thirds: what is left then is as long as a caller's token lives."""
+        signed = await auth.exchange.by_secret("service:gateway", GATEWAY_SECRET, Audience.INFERENCE, [])
+        assert signed.expires_at - auth.clock.now() == timedelta(seconds=3 * 300)
+
     async def test_an_api_key_as_the_secret(self, auth: Auth, api_key: str) -> None:
         signed = await auth.exchange.by_secret("app", api_key, Audience.GATEWAY, [])
         verified = await auth.verify(signed.token)

@@ -91,7 +91,7 @@ async def test_r22_rotation_refuses_no_honest_token() -> None:
     store, clock = MemoryStore(), ManualClock()
     ring = KeyRing(store, clock, rotation_s=5, publish_ahead_s=3, token_ttl_s=20)
     await ring.start()
-    issuer = TokenIssuer(ring, clock, issuer="https://a", ttl_s=20)
+    issuer = TokenIssuer(ring, clock, issuer="https://a", ttl_s=20, service_ttl_s=20)
     fetches = 0
 
     class Port:
