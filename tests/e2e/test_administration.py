@@ -83,7 +83,7 @@ async def test_the_first_hour(mesh: MeshHarness, tmp_path: Path) -> None:
         *("create", "client", "acme-app", "--tenant", "acme", "--role", "small-models"),
         *("--scope", "models.read", "--secret-file", "client-secret"),
     )
-    key, _ = await admin("create", "key", "--client", "acme-app", "--id", "ci")
+    key, _ = await admin("create", "api-key", "--client", "acme-app", "--id", "ci")
     key = key.strip()
     secret = (tmp_path / "client-secret").read_text().strip()
 
@@ -183,7 +183,7 @@ async def test_r26_a_tenants_administrator_is_told_nothing_of_others(
         *("create", "client", "one-admin", "--tenant", "one", "--role", "tenant-admin"),
         *("--secret-file", "secret"),
     )
-    await admin("create", "key", "--client", "one-admin", "--secret-file", "key")
+    await admin("create", "api-key", "--client", "one-admin", "--secret-file", "key")
     theirs = Admin(mesh, tmp_path, tmp_path / "key")
     clients, _ = await theirs("get", "clients")
     assert [line.split("\t")[0] for line in clients.splitlines()[1:]] == ["one-admin", "one-app"]

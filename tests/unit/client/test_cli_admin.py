@@ -85,7 +85,7 @@ def test_a_secret_goes_to_stdout_alone(gateway: ScriptedGateway, llmos: Llmos) -
 
 def test_a_secret_goes_into_a_private_file(gateway: ScriptedGateway, llmos: Llmos, tmp_path: Path) -> None:
     gateway.will(pb.CreateResourceResponse(resource=KEY, secret=SECRET))
-    done = llmos("create", "key", "--client", "app", "--expires-in", "90d", "--secret-file", "secret")
+    done = llmos("create", "api-key", "--client", "app", "--expires-in", "90d", "--secret-file", "secret")
     assert done.exit_code == 0, done.output
     assert SECRET not in done.output
     path = tmp_path / "secret"

@@ -82,7 +82,7 @@ async def client(
 
 
 @connected
-async def key(
+async def api_key(
     client: Client,
     client_id: Annotated[str, typer.Option("--client", help="The client that it is for.")],
     resource_id: Annotated[
@@ -235,7 +235,7 @@ async def _make(
 COMMANDS = {
     "tenant": tenant,
     "client": client,
-    "key": key,
+    "api-key": api_key,
     "role": role,
     "plan": plan,
     "address-rule": address_rule,
