@@ -16,6 +16,7 @@ N ?= 10
 # A file of tests stays in one process, so that what its tests share is made once; the long ones come first.
 IN_PARALLEL ?= -n 2 --dist loadfile --no-loadscope-reorder
 ARGS ?=
+SECURITY_ROWS := r21_ or r22_ or r23_ or r24_ or r25_ or r26_ or r32_ or r33_
 # What bench-engine measures the platform beside: for blocks llama.cpp, for numbers transformers, and vLLM if told.
 BESIDE := $(if $(filter q8 q4,$(DTYPE)),.tools/bench-llama/.installed,\
 	.tools/bench/.installed $(if $(VLLM),.tools/bench-vllm/.installed))
@@ -88,6 +89,10 @@ test-e2e: dev-env ## Run the tests on real processes
 .PHONY: test-repeat
 test-repeat: dev-env ## Run the tests on real processes N times (N=10) and stop at the first failure
 	@for i in $$(seq 1 $(N)); do echo "== run $$i of $(N)"; $(PY) -m pytest -q $(IN_PARALLEL) tests/e2e $(ARGS) || exit 1; done
+
+.PHONY: test-optimised
+test-optimised: dev-env ## Run the security rows (R21 to R26, R32, R33) under `python -O`, which skips assertions of the code
+	$(PY) -O -m pytest $(IN_PARALLEL) -k "$(SECURITY_ROWS)" $(ARGS)
 
 .PHONY: chaos
 chaos: dev-env ## Kill gateway, logging and broker 200 times under load (KILLS=N), and judge the audit log

@@ -50,7 +50,9 @@ class Plan:
 
     def command(self, name: str) -> list[str]:
         """How a process is started. `name` is a service, or a further replica of one: `inference-1`."""
-        return [sys.executable, "-m", f"services.{service_of(name)}"]
+        # As this process runs: without assertions where it has none.
+        optimised = ["-O"] if sys.flags.optimize else []
+        return [sys.executable, *optimised, "-m", f"services.{service_of(name)}"]
 
     def environment(self, name: str) -> dict[str, str]:
         """The whole environment of a process."""
