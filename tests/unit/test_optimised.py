@@ -1,4 +1,4 @@
-"""What protects does not hang on `assert`, which `python -O` leaves out of the code; pytest keeps the tests' own.
+"""What protects does not hang on `assert`, which `python -O` leaves out; pytest keeps the tests' own.
 
 `make test-optimised` runs all of these rows so, with the services; this is the part that starts no process.
 """
