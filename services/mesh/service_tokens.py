@@ -12,6 +12,7 @@ from typing import Protocol
 from services.mesh.access_token import Audience
 from services.mesh.clock import Clock
 from services.mesh.errors import DependencyUnavailable, LlmosError
+from services.mesh.jwks import FIRST_RETRY_S
 
 log = logging.getLogger(__name__)
 
@@ -85,7 +86,9 @@ class ServiceTokens:
     def _renew(self, audience: Audience, own: _Own, now_s: float) -> asyncio.Task[None] | None:
         if own.renewal is not None and not own.renewal.done():
             return own.renewal
-        if now_s - own.attempted_s < self._min_interval_s:
+        # without any token nothing can be asked: then a little sooner, as services start side by side
+        pause_s = self._min_interval_s if own.token else min(self._min_interval_s, FIRST_RETRY_S)
+        if now_s - own.attempted_s < pause_s:
             return None
         own.attempted_s = now_s
         # a context of its own: the renewal belongs to no request, and must not carry a caller's identity

@@ -32,6 +32,8 @@ SILENCE_S = 5.0
 """A stream that says nothing for so long is broken: auth answers every second at least."""
 BACKOFF_MIN_S = 0.1
 BACKOFF_MAX_S = 2.0
+FIRST_BACKOFF_MAX_S = 0.25
+"""Until auth has told all of it once: services start side by side, and wait for it to be ready."""
 
 _A = TypeVar("_A")
 _open: set[Watching[Any]] = set()
@@ -90,6 +92,7 @@ class Watching(Generic[_A]):
         self._silence_s = silence_s
         self._told_s = clock.monotonic()
         self._failures = 0
+        self._told = False
         self._task: asyncio.Task[None] | None = None
 
     @property
@@ -119,7 +122,8 @@ class Watching(Generic[_A]):
                     )
             except Exception:
                 log.exception("auth's stream of %s cannot be read, what it told stays in use", self.part)
-            backoff_s = min(BACKOFF_MAX_S, BACKOFF_MIN_S * 2 ** min(self._failures, 10))
+            most_s = BACKOFF_MAX_S if self._told else FIRST_BACKOFF_MAX_S
+            backoff_s = min(most_s, BACKOFF_MIN_S * 2 ** min(self._failures, 10))
             self._failures += 1
             await self._clock.sleep(backoff_s * random.uniform(0.5, 1))  # noqa: S311 - no secret
 
@@ -134,6 +138,7 @@ class Watching(Generic[_A]):
                     log.info("auth tells the %s again", self.part)
                 self._failures = 0
                 if ready:
+                    self._told = True
                     await self._health.set_part(self.part, ready=True)
         finally:
             await answers.aclose()

@@ -183,7 +183,7 @@ async def test_the_examples_of_the_guide_run(shared: MeshHarness) -> None:
     blocks = re.findall(
         r"^```python\n(.*?)^```", (ROOT / "docs" / "client.md").read_text(), re.MULTILINE | re.DOTALL
     )
-    assert len(blocks) == 3
+    assert len(blocks) == 4
     for block in blocks:
         program = block.replace("127.0.0.1:50050", shared.target()).replace("smollm2-135m-instruct", "echo")
         program = program.replace(".state/auth/admin-key", str(shared.state.admin_key))
