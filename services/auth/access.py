@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from enum import Enum, auto
 
 from services.auth.administration.callers import administrator
@@ -67,9 +68,8 @@ class AccessControl:
         if rule is Rule.ADMINISTRATOR:
             if verified.is_service:
                 return await self._through_gateway(metadata, verified)
-            identity = verified.identity()
+            identity = await self._allowed(verified.identity(), method, source_address)
             await self._require_administrator(identity)
-            await self._require_allowed(identity, method, source_address)
             return Caller(identity)
         raise PolicyDenied("Nobody may call this method.")
 
@@ -86,13 +86,15 @@ class AccessControl:
         """By what the store says now: whoever was demoted is out at once, whatever its token still says."""
         await administrator(self._store, identity, self._clock.now(), with_projects=False)
 
-    async def _require_allowed(self, identity: Identity, method: str, source_address: str) -> None:
-        """The policy of whoever comes without the gateway, which has decided for all others. A proxy in
-        between is not believed what it says of addresses."""
+    async def _allowed(self, identity: Identity, method: str, source_address: str) -> Identity:
+        """Whoever comes without the gateway, which has decided for all others, with the scopes that policy
+        allows now. A proxy in between is not believed what it says of addresses."""
         version, document = await self._store.policy()
         facts = Facts(at=self._clock.now(), address=source_address)
-        decision = PolicyEngine(document, version).decide(identity, ACTIONS[method], facts)
+        engine = PolicyEngine(document, version)
+        decision = engine.decide(identity, ACTIONS[method], facts)
         if decision.missing_scope:
             raise ScopeMissing(decision.explanation, metadata={"scope": decision.missing_scope})
         if not decision.allowed:
             raise PolicyDenied(decision.explanation)
+        return replace(identity, scopes=engine.allowed_scopes(identity, facts))

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import AsyncIterator, Mapping
 from contextlib import asynccontextmanager
+from dataclasses import replace
 from typing import Protocol
 
 from services.mesh.actions import ACTIONS, OPEN_METHODS
@@ -45,6 +46,10 @@ class Authorisation:
         context = call.context
         if context.method not in OPEN_METHODS:
             self.decide_request(context.identity, context.method, address=context.source_address)
+            if ACTIONS[context.method].by_scopes:
+                facts = Facts(self._clock.now(), context.source_address)
+                scopes = self._policy.engine.allowed_scopes(context.identity, facts)
+                context.caller = replace(context.caller, identity=replace(context.identity, scopes=scopes))
         yield
 
     def decide_request(

@@ -26,6 +26,9 @@ class Action:
     """One of them is needed; none: any valid credential will do."""
     per_request: bool = False
     """Its rules may depend on what is asked for, so that it is decided again when the request is parsed."""
+    by_scopes: bool = False
+    """What it does depends on the caller's further scopes, which may hang on conditions too: whoever does it
+    is told only of those that policy allows at that moment."""
 
 
 _GATEWAY = "/llmos.gateway.v1."
@@ -78,9 +81,9 @@ ACTIONS: Mapping[str, Action] = {
         Action(f"{_GATEWAY}GenerationService/CountTokens", (GENERATE,), per_request=True),
         Action(f"{_GATEWAY}ModelService/ListModels", (READ_MODELS,)),
         Action(f"{_GATEWAY}ModelService/GetModel", (READ_MODELS,)),
-        Action("/llmos.logging.v1.AuditService/Search", (READ_AUDIT,)),
-        Action("/llmos.logging.v1.AuditService/Tail", (READ_AUDIT,)),
-        *(Action(_ADMIN + method, (ADMIN, TENANT_ADMIN)) for method in _ADMINISTRATION),
+        Action("/llmos.logging.v1.AuditService/Search", (READ_AUDIT,), by_scopes=True),
+        Action("/llmos.logging.v1.AuditService/Tail", (READ_AUDIT,), by_scopes=True),
+        *(Action(_ADMIN + method, (ADMIN, TENANT_ADMIN), by_scopes=True) for method in _ADMINISTRATION),
         *(
             Action(f"{_GATEWAY}{service}/{method}", ())
             for service, methods in _SIGNED_IN.items()

@@ -116,6 +116,12 @@ class PolicyEngine:
         """The tenant's plan; None where the policy knows no such tenant, or its plan is gone."""
         return self._plans.get(self._plan_ids.get(tenant_id, ""))
 
+    def allowed_scopes(self, identity: Identity, facts: Facts) -> frozenset[str]:
+        """Those of the credential's scopes that policy allows now: what it holds is only the most of it."""
+        return frozenset(
+            scope for scope in identity.scopes if self.decide(identity, Action("", (scope,)), facts).allowed
+        )
+
     def _caller(self, tenant_id: str, roles: frozenset[str]) -> _Caller:
         key = (tenant_id, roles)
         found = self._callers.get(key)

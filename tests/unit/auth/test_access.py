@@ -24,7 +24,7 @@ from services.mesh.errors import (
     ScopeMissing,
     Status,
 )
-from services.mesh.policy import AddressRule, Effect
+from services.mesh.policy import AddressRule, Condition, Effect, Role, Rule
 from services.mesh.policy_codec import network_of
 from services.mesh.tokens import Audience, Verifier
 
@@ -177,3 +177,22 @@ async def test_address_rules_hold_for_those_who_come_without_the_gateway(auth: A
     await auth.access(GET, metadata, "10.1.2.3")
     with pytest.raises(PolicyDenied):
         await auth.access(GET, metadata, "127.0.0.1")
+
+
+async def test_r26_a_scope_that_hangs_on_a_condition_counts_only_where_it_holds(auth: Auth) -> None:
+    """`tenant.admin` lets in from anywhere; the scope `admin` is for the office alone."""
+    await auth.tenant(TENANT)
+    office = Condition(addresses=(network_of("10.0.0.0/8", "cidr"),))
+    rule = Rule("office", Effect.ALLOW, frozenset({"admin"}), office)
+    await auth.put(Role("boss", TENANT, scopes=frozenset({"tenant.admin"}), rules=(rule,)))
+    await auth.client(CLIENT, TENANT, scopes=frozenset(), roles=frozenset({"boss"}))
+    grant = Grant(
+        CLIENT, Audience.AUTH, frozenset({"admin", "tenant.admin"}), TENANT, roles=frozenset({"boss"})
+    )
+    metadata = {"authorization": f"Bearer {auth.issuer.issue(grant).token}"}
+    there = await auth.access(GET, metadata, "10.1.2.3")
+    assert there.identity is not None
+    assert there.identity.scopes == {"admin", "tenant.admin"}
+    elsewhere = await auth.access(GET, metadata, "127.0.0.1")
+    assert elsewhere.identity is not None
+    assert elsewhere.identity.scopes == {"tenant.admin"}

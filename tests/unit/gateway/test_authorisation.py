@@ -23,7 +23,7 @@ from llmos.gateway.v1 import (
 from services.gateway.authorisation import Authorisation
 from services.gateway.generation import Capability, Model, Prompt
 from services.mesh import errors, status
-from services.mesh.actions import OPEN_METHODS
+from services.mesh.actions import ACTIONS, OPEN_METHODS
 from services.mesh.clock import SystemClock
 from services.mesh.context import Caller, Identity, RequestContext
 from services.mesh.events import Outcome
@@ -98,6 +98,21 @@ async def test_open_methods_pass_without_an_identity(method: str) -> None:
     bench = Bench([FakeReplica()])
     async with bench.authorisation.link(call_of(method, None)):
         pass
+
+
+@pytest.mark.parametrize("method", sorted(name for name, action in ACTIONS.items() if action.by_scopes))
+async def test_r26_who_goes_by_scopes_is_told_those_that_policy_allows_now(method: str) -> None:
+    """A scope may hang on a condition: what the credential holds is only the most of it."""
+    office = Condition(addresses=(ip_network("10.0.0.0/8"),))
+    anywhere = frozenset({"audit.read", "tenant.admin"})
+    rule = Rule("office", Effect.ALLOW, frozenset({"admin"}), office)
+    authorisation = Authorisation(fixed_policy(Role("boss", scopes=anywhere, rules=(rule,))), SystemClock())
+    identity = caller("boss", scopes="admin audit.read tenant.admin", direct="")
+    for address, scopes in (("192.0.2.1", anywhere), ("10.1.2.3", anywhere | {"admin"})):
+        call = Call(RequestContext("req_1", method, address, caller=Caller(identity)), {})
+        async with authorisation.link(call):
+            assert call.context.identity.scopes == scopes
+            assert call.context.identity.client_id == identity.client_id
 
 
 @pytest.mark.parametrize("kind", ["grpc", "http"])
