@@ -4,30 +4,31 @@ from __future__ import annotations
 
 from llmos.auth.v1 import admin_service_pb2_grpc, token_service_pb2_grpc
 
-from services.auth import master_key, service_secrets
 from services.auth.access import OPEN_METHODS, RULES, AccessControl, Rule
 from services.auth.administration.apply import Configuration
 from services.auth.administration.explain import Explanation
 from services.auth.administration.service import Administration
 from services.auth.administration.servicer import AdminServicer
-from services.auth.assertions import Assertions
-from services.auth.exchange import Exchange
+from services.auth.credentials import service_secrets
+from services.auth.credentials.assertions import Assertions
+from services.auth.credentials.last_use import LastUse
+from services.auth.credentials.proof import Proofs
 from services.auth.first_start import KeyFile, ensure_administrator
+from services.auth.grants.exchange import Exchange
+from services.auth.grants.introspection import Introspection
+from services.auth.grants.own_tokens import OwnTokens
+from services.auth.grants.tokens import TokenIssuer
 from services.auth.guard import Guard
-from services.auth.introspection import Introspection
-from services.auth.kms.clients import KmsPlugin
-from services.auth.last_use import LastUse
-from services.auth.master_key import EnvelopeSealer, Sealing
-from services.auth.own_tokens import OwnTokens
-from services.auth.proof import Proofs
 from services.auth.providers.fetching import Fetcher
 from services.auth.providers.provider_tokens import ProviderTokens
 from services.auth.servicer import TokenServicer
 from services.auth.settings import AuthSettings
-from services.auth.signing import KeyRing
+from services.auth.signing import master_key
+from services.auth.signing.kms.clients import KmsPlugin
+from services.auth.signing.master_key import EnvelopeSealer, Sealing
+from services.auth.signing.ring import KeyRing
 from services.auth.stores.opening import open_store
 from services.auth.stores.sql import SqlStore
-from services.auth.tokens import TokenIssuer
 from services.auth.watching import REVOKE_TOKEN, WATCHES, Hub, Pruning
 from services.mesh.app import App
 from services.mesh.clock import Clock

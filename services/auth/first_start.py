@@ -10,7 +10,7 @@ import logging
 import os
 from pathlib import Path
 
-from services.auth import keys
+from services.auth.credentials import keys
 from services.auth.store import ApiKey, Batch, Client, Put, Store, Tenant
 from services.mesh.app import StartError
 from services.mesh.clock import Clock

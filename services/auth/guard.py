@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import AsyncIterator, Iterator
 from contextlib import asynccontextmanager, contextmanager
 
-from services.auth.keys import API_KEY_PREFIX, is_api_key
+from services.auth.credentials.keys import API_KEY_PREFIX, is_api_key
 from services.mesh import context as request_context
 from services.mesh.access_token import SERVICE_PREFIX
 from services.mesh.actions import OPEN_METHODS

@@ -9,10 +9,10 @@ from typing import Any
 from llmos.auth.v1 import token_service_pb2, token_service_pb2_grpc
 from llmos.common.v1 import identity_pb2
 
-from services.auth.exchange import Exchange, SubjectKind
+from services.auth.grants.exchange import Exchange, SubjectKind
+from services.auth.grants.introspection import ClientProof, Introspection
 from services.auth.guard import Guard
-from services.auth.introspection import ClientProof, Introspection
-from services.auth.signing import KeyRing
+from services.auth.signing.ring import KeyRing
 from services.auth.watching import Hub
 from services.mesh.access_token import Audience
 from services.mesh.context import Identity

@@ -9,7 +9,7 @@ from typing import ClassVar
 from pydantic import Field, SecretStr, model_validator
 from pydantic_settings import SettingsConfigDict
 
-from services.auth.signing import RETIRE_MARGIN_S
+from services.auth.signing.ring import RETIRE_MARGIN_S
 from services.mesh.access_token import MAX_LIFETIME_S
 from services.mesh.jwks import MAX_KEYS
 from services.mesh.settings import Port, ServiceSettings

@@ -6,7 +6,10 @@
 - `channel`: the calling side of gRPC, with what every call carries along
 - `errors`, `status`: the error tree, and its one mapping to and from gRPC
 - `context`: what is known of the request being served
-- `tokens`: signed identities, checked and obtained
+- `access_token`, `compact_jws`, `jwks`, `tokens`: signed identities, and how they are verified
+- `service_tokens`, `auth_client`: a service's own tokens
+- `revocation`, `watching`, `watch_client`: what auth pushes: what is revoked, and the policy
+- `slowdown`: makes brute force slow
 - `tls`: certificates, read again when they change
 - `telemetry`, `logs`: traces, metrics and log lines
 - `events`, `spool`, `relay`, `kafka`, `audit_protocol`: the way of an audit event to Kafka

@@ -9,16 +9,16 @@ from datetime import UTC, datetime
 from ipaddress import ip_network
 from pathlib import Path
 
-from services.auth import keys
-from services.auth.assertions import Assertions
-from services.auth.exchange import Exchange
-from services.auth.last_use import LastUse
-from services.auth.own_tokens import OwnTokens
-from services.auth.proof import Proofs
-from services.auth.signing import KeyRing as SigningRing
+from services.auth.credentials import keys
+from services.auth.credentials.assertions import Assertions
+from services.auth.credentials.last_use import LastUse
+from services.auth.credentials.proof import Proofs
+from services.auth.grants.exchange import Exchange
+from services.auth.grants.own_tokens import OwnTokens
+from services.auth.grants.tokens import Grant, TokenIssuer
+from services.auth.signing.ring import KeyRing as SigningRing
 from services.auth.store import ApiKey, Batch, Client, Put, Tenant
 from services.auth.stores.opening import sqlite_store
-from services.auth.tokens import Grant, TokenIssuer
 from services.mesh.access_token import Audience
 from services.mesh.clock import SystemClock
 from services.mesh.context import Identity

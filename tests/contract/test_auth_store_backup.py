@@ -13,14 +13,14 @@ from pathlib import Path
 
 import pytest
 
-from services.auth import keys
+from services.auth.credentials import keys
 from services.auth.first_start import KeyFile, ensure_administrator
-from services.auth.master_key import Sealer
-from services.auth.signing import KeyRing
+from services.auth.grants.tokens import Grant, TokenIssuer
+from services.auth.signing.master_key import Sealer
+from services.auth.signing.ring import KeyRing
 from services.auth.store import Filter, Kind
 from services.auth.stores.opening import sqlite_store
 from services.auth.stores.sql import SqlStore
-from services.auth.tokens import Grant, TokenIssuer
 from services.mesh.clock import ManualClock
 from services.mesh.policy import RevocationKind
 from services.mesh.tokens import Audience, Verifier

@@ -9,9 +9,9 @@ from pathlib import Path
 
 import pytest
 
-from services.auth import keys
+from services.auth.credentials import keys
 from services.auth.first_start import KeyFile, ensure_administrator
-from services.auth.signing import KeyRing
+from services.auth.signing.ring import KeyRing
 from services.auth.store import Filter, Kind, SigningKey, Tenant
 from services.auth.stores import database
 from services.mesh.app import StartError

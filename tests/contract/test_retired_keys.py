@@ -9,7 +9,7 @@ import pytest
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 from joserfc.jwk import OKPKey
 
-from services.auth.signing import RETIRE_MARGIN_S, KeyRing
+from services.auth.signing.ring import RETIRE_MARGIN_S, KeyRing
 from services.auth.stores.memory import MemoryStore
 from services.mesh.access_token import Audience
 from services.mesh.clock import ManualClock

@@ -24,7 +24,7 @@ from llmos.events.v1 import events_pb2
 from llmos.gateway.v1 import model_service_pb2, model_service_pb2_grpc
 from llmos.inference.v1 import fleet_service_pb2, fleet_service_pb2_grpc
 
-from services.auth.keys import new_api_key
+from services.auth.credentials.keys import new_api_key
 from services.mesh import errors, status
 from tests.conftest import MeshFactory
 from tests.framework.access_tokens import forgeries

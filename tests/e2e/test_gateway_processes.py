@@ -17,7 +17,7 @@ from llmos.gateway.v1 import (
     model_service_pb2_grpc,
 )
 
-from services.auth.keys import new_api_key
+from services.auth.credentials.keys import new_api_key
 from services.mesh import errors, status
 from tests.conftest import MeshFactory
 from tests.framework.mesh import MeshHarness

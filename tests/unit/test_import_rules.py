@@ -157,7 +157,7 @@ def test_services_is_a_package_and_the_generated_tree_is_not() -> None:
     [
         ("service", "services/gateway/routing.py", "from services.inference.engine import step"),
         ("service", "services/gateway/routing.py", "from services import auth"),
-        ("service", "services/gateway/routing.py", "import services.auth.keys as k"),
+        ("service", "services/gateway/routing.py", "import services.auth.credentials.keys as k"),
         ("service", "services/gateway/tasks/sentiment.py", "from ...auth import keys"),
         (
             "service",

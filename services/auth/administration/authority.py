@@ -10,8 +10,8 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
-from services.auth import policy
 from services.auth.administration.resources import there_is_no
+from services.auth.grants import policy
 from services.auth.store import Client, Kind, Resource, Tenant
 from services.auth.stores import shapes
 from services.mesh.context import Identity

@@ -6,11 +6,11 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from datetime import datetime
 
-from services.auth import policy
 from services.auth.administration import checking, revoking, size
 from services.auth.administration.authority import Administrator, reach, usable
 from services.auth.administration.resources import there_is_no
 from services.auth.administration.world import World
+from services.auth.grants import policy
 from services.auth.store import (
     ApiKey,
     Batch,

@@ -10,8 +10,8 @@ from ipaddress import ip_address
 from typing import Any
 from urllib.parse import urlsplit
 
-from services.auth.assertions import registered_keys
-from services.auth.people import USER_PREFIX
+from services.auth.credentials.assertions import registered_keys
+from services.auth.grants.people import USER_PREFIX
 from services.auth.store import ApiKey, Client, IdentityProvider, Resource
 from services.auth.stores import shapes
 from services.mesh.errors import RequestInvalid, Violation

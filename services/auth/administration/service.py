@@ -10,13 +10,13 @@ from dataclasses import dataclass, field, replace
 from datetime import datetime, timedelta
 from typing import NoReturn
 
-from services.auth import keys
 from services.auth.administration import paging, revoking
 from services.auth.administration.authority import Administrator
 from services.auth.administration.callers import By, administrator
 from services.auth.administration.changeset import Changeset
 from services.auth.administration.resources import Given, built_in, merged, there_is_no
 from services.auth.administration.world import every
+from services.auth.credentials import keys
 from services.auth.store import (
     ApiKey,
     Change,

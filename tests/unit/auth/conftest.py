@@ -9,20 +9,20 @@ from typing import Any
 
 import pytest
 
-from services.auth import keys
 from services.auth.access import AccessControl
-from services.auth.assertions import Assertions
-from services.auth.exchange import Exchange
-from services.auth.introspection import Introspection
-from services.auth.last_use import LastUse
-from services.auth.own_tokens import OwnTokens
-from services.auth.policy import SERVICES
-from services.auth.proof import Proofs
+from services.auth.credentials import keys
+from services.auth.credentials.assertions import Assertions
+from services.auth.credentials.last_use import LastUse
+from services.auth.credentials.proof import Proofs
+from services.auth.grants.exchange import Exchange
+from services.auth.grants.introspection import Introspection
+from services.auth.grants.own_tokens import OwnTokens
+from services.auth.grants.policy import SERVICES
+from services.auth.grants.tokens import TokenIssuer
 from services.auth.providers.provider_tokens import ProvenPerson
-from services.auth.signing import KeyRing
+from services.auth.signing.ring import KeyRing
 from services.auth.store import ApiKey, Batch, Client, Kind, Put, Resource, Tenant
 from services.auth.stores.memory import MemoryStore
-from services.auth.tokens import TokenIssuer
 from services.mesh.clock import ManualClock
 from services.mesh.errors import CredentialInvalid
 from services.mesh.tokens import Audience, VerifiedToken, Verifier

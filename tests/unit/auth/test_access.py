@@ -10,8 +10,8 @@ from google.protobuf.descriptor import FileDescriptor
 from llmos.auth.v1 import admin_service_pb2, token_service_pb2
 
 from services.auth.access import OPEN_METHODS, RULES, AccessControl
+from services.auth.grants.tokens import Grant
 from services.auth.store import Kind
-from services.auth.tokens import Grant
 from services.mesh.channel import IDENTITY_KEY, pack_identity
 from services.mesh.context import Identity
 from services.mesh.errors import (

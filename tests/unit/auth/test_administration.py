@@ -11,9 +11,9 @@ import pytest
 from joserfc.errors import SecurityWarning
 from joserfc.jwk import ECKey, OKPKey, RSAKey
 
-from services.auth import keys
 from services.auth.administration.resources import Given
 from services.auth.administration.service import Wanted
+from services.auth.credentials import keys
 from services.auth.store import ApiKey, Client, IdentityProvider, Kind, Resource, Tenant
 from services.mesh.errors import (
     AlreadyExists,

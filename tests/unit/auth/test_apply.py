@@ -9,9 +9,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from services.auth import keys
 from services.auth.administration.apply import Action
 from services.auth.administration.resources import Given
+from services.auth.credentials import keys
 from services.auth.store import ApiKey, ClaimRule, Client, IdentityProvider, Kind, Resource, Tenant
 from services.auth.stores import shapes
 from services.mesh.errors import (

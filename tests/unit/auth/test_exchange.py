@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 
 import pytest
 
-from services.auth import keys
+from services.auth.credentials import keys
 from services.auth.store import Kind
 from services.mesh.errors import (
     CredentialExpired,

@@ -8,9 +8,9 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 
-from services.auth import keys
 from services.auth.administration.callers import By
 from services.auth.administration.explain import Explanation, identity_of
+from services.auth.credentials import keys
 from services.auth.store import Kind
 from services.mesh.context import Identity
 from services.mesh.decision import Decision, Facts

@@ -8,9 +8,9 @@ from pathlib import Path
 
 import pytest
 
-from services.auth import keys, service_secrets
+from services.auth.credentials import keys, service_secrets
 from services.auth.first_start import KeyFile, ensure_administrator
-from services.auth.policy import SERVICES
+from services.auth.grants.policy import SERVICES
 from services.auth.store import ApiKey, Batch, Client, Filter, Kind
 from services.auth.stores.memory import MemoryStore
 from services.mesh.app import StartError

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 import pytest
 
-from services.auth import keys
+from services.auth.credentials import keys
 from services.auth.guard import Guard
 from services.mesh import context as request_context
 from services.mesh.context import RequestContext

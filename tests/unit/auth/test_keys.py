@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from services.auth import keys
+from services.auth.credentials import keys
 from services.mesh.errors import CredentialInvalid
 
 

@@ -11,10 +11,10 @@ from typing import Any
 import grpc
 import pytest
 
-from services.auth.kms import request
-from services.auth.kms.clients import KmsPlugin
-from services.auth.master_key import EnvelopeSealer, Sealer
-from services.auth.signing import KeyRing
+from services.auth.signing.kms import request
+from services.auth.signing.kms.clients import KmsPlugin
+from services.auth.signing.master_key import EnvelopeSealer, Sealer
+from services.auth.signing.ring import KeyRing
 from services.auth.stores.memory import MemoryStore
 from services.mesh.app import StartError
 from services.mesh.clock import ManualClock

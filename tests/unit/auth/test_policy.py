@@ -6,7 +6,7 @@ import itertools
 
 import pytest
 
-from services.auth import policy
+from services.auth.grants import policy
 from services.mesh.access_token import Audience
 from services.mesh.errors import LlmosError, PolicyDenied, RequestInvalid, ScopeMissing
 from services.mesh.policy import BUILT_IN_ROLES, SCOPES, Condition, Effect, Role, Rule

@@ -8,10 +8,10 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 
-from services.auth.assertions import Assertions
-from services.auth.exchange import Exchange, SubjectKind
-from services.auth.own_tokens import OwnTokens
-from services.auth.proof import Proofs
+from services.auth.credentials.assertions import Assertions
+from services.auth.credentials.proof import Proofs
+from services.auth.grants.exchange import Exchange, SubjectKind
+from services.auth.grants.own_tokens import OwnTokens
 from services.auth.providers.fetching import Fetcher
 from services.auth.providers.provider_tokens import ProviderTokens
 from services.auth.store import ClaimRule, Client, IdentityProvider, Kind

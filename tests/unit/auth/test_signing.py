@@ -12,11 +12,11 @@ from pathlib import Path
 import pytest
 from pydantic import SecretStr
 
-from services.auth.master_key import EnvelopeSealer, KeyManagement, LocalKeys, Sealer, Sealing, load
-from services.auth.signing import KeyRing
+from services.auth.grants.tokens import Grant, TokenIssuer
+from services.auth.signing.master_key import EnvelopeSealer, KeyManagement, LocalKeys, Sealer, Sealing, load
+from services.auth.signing.ring import KeyRing
 from services.auth.store import SigningKey
 from services.auth.stores.memory import MemoryStore
-from services.auth.tokens import Grant, TokenIssuer
 from services.mesh.app import StartError
 from services.mesh.clock import ManualClock
 from services.mesh.errors import DataCorrupt, DependencyUnavailable

@@ -12,12 +12,12 @@ from pathlib import Path
 
 import pytest
 
-from services.auth import keys
-from services.auth.assertions import Assertions
-from services.auth.last_use import LastUse
-from services.auth.master_key import Sealer
-from services.auth.proof import Proofs
-from services.auth.signing import KeyRing
+from services.auth.credentials import keys
+from services.auth.credentials.assertions import Assertions
+from services.auth.credentials.last_use import LastUse
+from services.auth.credentials.proof import Proofs
+from services.auth.signing.master_key import Sealer
+from services.auth.signing.ring import KeyRing
 from services.auth.store import ApiKey, Batch, Client, Put, Tenant
 from services.auth.stores.memory import MemoryStore
 from services.auth.stores.opening import sqlite_store

@@ -9,9 +9,9 @@ from typing import TYPE_CHECKING
 
 import pytest
 
-from services.auth.exchange import SubjectKind
-from services.auth.introspection import ClientProof
-from services.auth.people import client_id_of
+from services.auth.grants.exchange import SubjectKind
+from services.auth.grants.introspection import ClientProof
+from services.auth.grants.people import client_id_of
 from services.auth.providers.provider_tokens import ProvenPerson
 from services.auth.store import Client, IdentityProvider, Kind
 from services.mesh.errors import (

@@ -7,9 +7,9 @@ from typing import Any
 
 import pytest
 
-from services.auth import keys
 from services.auth.administration.callers import administrator
 from services.auth.administration.changeset import Changeset
+from services.auth.credentials import keys
 from services.auth.store import ApiKey, Client, Kind, Tenant
 from services.mesh.errors import Conflict, CredentialRevoked, NotFound, ScopeMissing, StateConflict
 from services.mesh.policy import Effect, RevocationKind, Role, Rule

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from services.auth import keys as auth_keys
+from services.auth.credentials import keys as auth_keys
 from services.gateway.authentication import GatewayAuthenticator, OpenMethodGuard
 from services.gateway.keys import KeyRing
 from services.mesh import errors

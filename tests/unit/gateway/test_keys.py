@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from services.auth import keys as auth_keys
+from services.auth.credentials import keys as auth_keys
 from services.gateway.authentication import GatewayAuthenticator
 from services.gateway.keys import KeyRing, is_well_formed
 from services.mesh import errors

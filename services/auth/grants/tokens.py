@@ -10,7 +10,7 @@ from typing import Any
 
 from joserfc import jws
 
-from services.auth.signing import KeyRing
+from services.auth.signing.ring import KeyRing
 from services.mesh.access_token import ALGORITHM, MAX_TOKEN_BYTES, TYPE, Audience
 from services.mesh.clock import Clock
 from services.mesh.context import Identity

@@ -10,9 +10,9 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-from services.auth import keys
-from services.auth.assertions import Assertions
-from services.auth.last_use import LastUse
+from services.auth.credentials import keys
+from services.auth.credentials.assertions import Assertions
+from services.auth.credentials.last_use import LastUse
 from services.auth.store import ApiKey, Client, Owned, Store
 from services.mesh.access_token import SERVICE_PREFIX
 from services.mesh.clock import Clock

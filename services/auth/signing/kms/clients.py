@@ -11,7 +11,7 @@ from typing import Any
 import grpc
 from google.protobuf.message import DecodeError
 
-from services.auth.kms import request
+from services.auth.signing.kms import request
 from services.mesh.errors import DataCorrupt, DependencyUnavailable
 
 CALL_S = 3.0

@@ -5,10 +5,10 @@ from __future__ import annotations
 from dataclasses import dataclass
 from datetime import timedelta
 
-from services.auth import keys
-from services.auth.exchange import Exchange
-from services.auth.own_tokens import OwnTokens
-from services.auth.proof import Proofs, Proven
+from services.auth.credentials import keys
+from services.auth.credentials.proof import Proofs, Proven
+from services.auth.grants.exchange import Exchange
+from services.auth.grants.own_tokens import OwnTokens
 from services.auth.store import Batch, NewRevocation, Store
 from services.mesh import context as request_context
 from services.mesh.access_token import SERVICE_PREFIX

@@ -8,12 +8,12 @@ from dataclasses import dataclass
 from datetime import datetime
 from enum import Enum, auto
 
-from services.auth import policy
-from services.auth.own_tokens import OwnTokens
-from services.auth.people import People, ProviderPort
-from services.auth.proof import Proofs, Proven
+from services.auth.credentials.proof import Proofs, Proven
+from services.auth.grants import policy
+from services.auth.grants.own_tokens import OwnTokens
+from services.auth.grants.people import People, ProviderPort
+from services.auth.grants.tokens import Grant, SignedToken, TokenIssuer
 from services.auth.store import Kind, Owned, Store
-from services.auth.tokens import Grant, SignedToken, TokenIssuer
 from services.mesh.access_token import Audience
 from services.mesh.clock import Clock
 from services.mesh.errors import CredentialInvalid

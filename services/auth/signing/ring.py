@@ -24,7 +24,7 @@ from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 from cryptography.hazmat.primitives.serialization import Encoding, NoEncryption, PrivateFormat, PublicFormat
 from joserfc.jwk import OKPKey
 
-from services.auth.master_key import Sealing
+from services.auth.signing.master_key import Sealing
 from services.auth.store import SigningKey, Store
 from services.mesh.access_token import ALGORITHM
 from services.mesh.app import StartError

@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from pathlib import Path
 
-from services.auth import keys
-from services.auth.policy import SERVICES
+from services.auth.credentials import keys
+from services.auth.grants.policy import SERVICES
 from services.mesh.access_token import SERVICE_PREFIX
 from services.mesh.app import StartError
 

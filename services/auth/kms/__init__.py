@@ -1,1 +1,0 @@
-"""Key management services, behind the port `services.auth.master_key.KeyManagement`."""

@@ -1,0 +1,1 @@
+"""Key management services, behind the port `services.auth.signing.master_key.KeyManagement`."""
