@@ -182,9 +182,7 @@ async def deployment(database: Path, *, tenants: int, api_keys: int) -> AsyncIte
     clock = SystemClock()
     store = sqlite_store(database)
     await store.start()
-    ring = SigningRing(
-        store, clock, rotation_s=86_400, publish_ahead_s=3600, token_ttl_s=3600, service_ttl_s=3600
-    )
+    ring = SigningRing(store, clock, rotation_s=86_400, publish_ahead_s=3600, token_ttl_s=3600)
     await ring.start()
     try:
         texts = [keys.new_api_key() for _ in range(api_keys)]
@@ -202,7 +200,7 @@ async def deployment(database: Path, *, tenants: int, api_keys: int) -> AsyncIte
             )
         last_use = LastUse(store, clock)
         proofs = Proofs(store, clock, Assertions(store, clock, audiences=frozenset({ISSUER})), last_use, {})
-        issuer = TokenIssuer(ring, clock, issuer=ISSUER, ttl_s=3600)
+        issuer = TokenIssuer(ring, clock, issuer=ISSUER, ttl_s=3600, service_ttl_s=3600)
         own = OwnTokens(store, ring, clock, issuer=ISSUER)
         yield Deployment(
             texts,
