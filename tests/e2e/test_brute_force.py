@@ -35,7 +35,7 @@ SERVICES = ("auth", "inference", "gateway")
 ATTACKER, HONEST = "127.0.0.1", "127.0.0.2"
 BAD_KEYS = 1000
 ANONYMOUS = int(os.environ.get("LLMOS_ANONYMOUS_REQUESTS") or 1_000)
-TOKEN_TTL_S, LEEWAY_S = 15, 5
+TOKEN_TTL_S, LEEWAY_S = 10, 5
 AIM_S = 0.5
 """For one refusal; R21 aims at 20 ms, and a busy machine gets some room."""
 
