@@ -35,9 +35,10 @@ class Account:
 class Identities:
     """Speaks to auth itself, by the administrator's key."""
 
-    def __init__(self, mesh: MeshHarness) -> None:
+    def __init__(self, mesh: MeshHarness, auth: str = "auth") -> None:
+        """`auth` is the process that is spoken to."""
         self._mesh = mesh
-        channel = mesh.channel("auth")
+        channel = mesh.channel(auth)
         self._tokens = token_service_pb2_grpc.TokenServiceStub(channel)
         self._admin = admin_service_pb2_grpc.AdminServiceStub(channel)
 
