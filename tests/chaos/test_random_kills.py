@@ -1,6 +1,6 @@
 """Row 27 on real processes: whatever is killed, each request has exactly one outcome.
 
-`LLMOS_CHAOS_KILLS` says how many kills there are: 20 in every run of the tests, 200 in `make chaos`.
+`LLMOS_CHAOS_KILLS` says how many kills there are: 12 in every run of the tests, 200 in `make chaos`.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from tests.conftest import MeshFactory
 from tests.framework.calls import OUTCOME, Caller, Streamed
 from tests.framework.waiting import eventually
 
-KILLS = int(os.environ.get("LLMOS_CHAOS_KILLS", "20"))
+KILLS = int(os.environ.get("LLMOS_CHAOS_KILLS", "12"))
 
 
 @pytest.mark.slow

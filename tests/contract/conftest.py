@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import AsyncIterator
 from pathlib import Path
 
@@ -13,20 +14,35 @@ from tests.framework.auth_stores import StartedStore, StoresOf
 from tests.framework.postgres import PostgresServer
 
 
+@pytest.fixture(scope="session")
+async def migrated_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A SQLite file with this version's schema and nothing in it; migrations have tests of their own."""
+    path = tmp_path_factory.mktemp("migrated") / "auth.db"
+    store = sqlite_store(path)
+    await store.start()
+    await store.stop()
+    return path
+
+
 @pytest.fixture
-async def auth_stores_of(request: pytest.FixtureRequest, tmp_path: Path) -> AsyncIterator[StoresOf]:
+async def auth_stores_of(
+    request: pytest.FixtureRequest, tmp_path: Path, migrated_file: Path
+) -> AsyncIterator[StoresOf]:
     """Makes stores, and stops them."""
     made: list[StartedStore] = []
+    taken: list[tuple[PostgresServer, str]] = []
 
     async def make(kind: str, count: int) -> list[StartedStore]:
         stores: list[StartedStore] = []
         if kind == "memory":
             stores = [MemoryStore()]
         elif kind == "sqlite":
+            shutil.copy(migrated_file, tmp_path / "auth.db")
             stores = [sqlite_store(tmp_path / "auth.db")]
         else:
             server: PostgresServer = request.getfixturevalue("postgres")
-            name = await server.make_database()
+            name = await server.take()
+            taken.append((server, name))
             stores = [server.store(name) for _ in range(count)]
         for store in stores:
             made.append(store)
@@ -36,6 +52,8 @@ async def auth_stores_of(request: pytest.FixtureRequest, tmp_path: Path) -> Asyn
     yield make
     for store in made:
         await store.stop()
+    for server, name in taken:
+        await server.give_back(name)
 
 
 @pytest.fixture(params=["memory", "sqlite", "postgresql"])

@@ -22,6 +22,7 @@ from sqlalchemy.engine import URL
 
 from services.auth.stores import database
 from services.auth.stores.sql import SqlStore
+from services.auth.stores.tables import metadata, state
 from tests.framework.ports import PortReservations
 
 USER = "llmos"
@@ -63,6 +64,7 @@ class PostgresServer:
         self._account = self._choose_account()
         self._process: subprocess.Popen[bytes] | None = None
         self._names = itertools.count()
+        self._clean: list[str] = []
         self._reservations = PortReservations()
         self.port = self._reservations.take(["postgres"])["postgres"]
 
@@ -150,6 +152,18 @@ class PostgresServer:
         name = f"test_{os.getpid()}_{next(self._names)}"
         await self.execute(f"CREATE DATABASE {name}")
         return name
+
+    async def take(self) -> str:
+        """A database in which auth has kept nothing: one that was given back, or a new one."""
+        return self._clean.pop() if self._clean else await self.make_database()
+
+    async def give_back(self, name: str) -> None:
+        """Empties a database that was taken: a new one for each test would be a gigabyte of files."""
+        kept = [table.name for table in metadata.sorted_tables if table is not state]
+        await self.execute(
+            f"TRUNCATE {', '.join(kept)}; UPDATE {state.name} SET version = 0, policy_version = 0", name
+        )
+        self._clean.append(name)
 
     async def execute(self, statement: str, database_name: str = "postgres") -> None:
         """Runs it as the owner of everything."""
