@@ -21,6 +21,7 @@ from tests.framework.postgres import WITHOUT, PostgresServer, programs
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 MeshFactory = Callable[..., MeshHarness]
+ROOT = Path(__file__).parents[1]
 
 
 def pytest_configure() -> None:
@@ -29,8 +30,13 @@ def pytest_configure() -> None:
         signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
+LONG = ("tests/chaos/", "tests/unit/inference/", "tests/unit/test_optimised.py")
+"""Begun first, so that no process of a run is left alone with a long file at its end."""
+
+
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Everything in tests/e2e and tests/chaos runs real processes."""
+    items.sort(key=lambda item: not item.path.relative_to(ROOT).as_posix().startswith(LONG))
     for item in items:
         if {"e2e", "chaos"} & set(item.path.parts):
             item.add_marker(pytest.mark.e2e)
