@@ -109,20 +109,6 @@ class EnvelopeSealer:
         return _decrypt(AESGCM(data_key), sealed[end:], kid.encode())
 
 
-class LocalKeys:
-    """The port of a key management service over a master key in this process."""
-
-    def __init__(self, master_key: bytes) -> None:
-        """Raises ValueError unless the key has 32 bytes."""
-        self._sealer = Sealer(master_key)
-
-    async def wrap(self, data_key: bytes) -> bytes:
-        return await self._sealer.seal("data-key", data_key)
-
-    async def unwrap(self, wrapped: bytes) -> bytes:
-        return await self._sealer.open("data-key", wrapped)
-
-
 def load(file: Path | None, secret: SecretStr | None, variable: str | None) -> Sealer | None:
     """What the settings ask for: a master key from a file, the environment, or none. Raises StartError."""
     if file is not None:

@@ -13,7 +13,7 @@ import pytest
 from pydantic import SecretStr
 
 from services.auth.grants.tokens import Grant, TokenIssuer
-from services.auth.signing.master_key import EnvelopeSealer, KeyManagement, LocalKeys, Sealer, Sealing, load
+from services.auth.signing.master_key import EnvelopeSealer, KeyManagement, Sealer, Sealing, load
 from services.auth.signing.ring import KeyRing
 from services.auth.store import SigningKey
 from services.auth.stores.memory import MemoryStore
@@ -24,6 +24,20 @@ from services.mesh.jwks import JwksCache, parse_jwks
 from services.mesh.tokens import Audience, Verifier
 
 ROTATION_S, AHEAD_S, TTL_S = 1000.0, 100.0, 60.0
+
+
+class LocalKeys:
+    """The port of a key management service over a master key in this process."""
+
+    def __init__(self, master_key: bytes) -> None:
+        """Raises ValueError unless the key has 32 bytes."""
+        self._sealer = Sealer(master_key)
+
+    async def wrap(self, data_key: bytes) -> bytes:
+        return await self._sealer.seal("data-key", data_key)
+
+    async def unwrap(self, wrapped: bytes) -> bytes:
+        return await self._sealer.open("data-key", wrapped)
 
 
 def ring_of(store: MemoryStore, clock: ManualClock, sealer: Sealing | None = None) -> KeyRing:
