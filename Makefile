@@ -8,7 +8,7 @@ PYTHON ?= $(shell for p in python3.11 python3 python; do \
 	$$p -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null && echo $$p && break; done)
 PROTO_SOURCES := $(shell find protos/llmos -name '*.proto')
 # The groups of pyproject.toml that have a lock of their own; dev comes first, the others agree with it.
-GROUPS := dev run gateway auth inference logging client proto tools bench bench-llama bench-vllm
+GROUPS := dev run gateway auth inference logging client proto tools bench bench-gateway bench-llama bench-vllm
 LOCKS := $(GROUPS:%=requirements/%.txt)
 
 # N: how often `test-repeat` runs. TLS=1: `up` uses mTLS. ARGS: further arguments of the command behind a target.
@@ -136,7 +136,7 @@ lock: dev-env ## Resolve the dependencies anew into requirements/ and deploy/dev
 	@for group in $(GROUPS); do \
 		echo "requirements/$$group.txt"; \
 		case $$group in \
-			dev|tools) with= ;; \
+			dev|tools|bench-gateway) with= ;; \
 			bench-vllm) with="--override requirements/bench-vllm.overrides" ;; \
 			*) with="--constraint requirements/dev.txt" ;; \
 		esac; \
