@@ -12,6 +12,7 @@ import pytest
 
 from deploy.dev.broker import Broker
 from tests.framework import broker as brokers
+from tests.framework import valkey as valkeys
 from tests.framework.mesh import MeshHarness
 from tests.framework.ports import PortReservations
 from tests.framework.postgres import WITHOUT, PostgresServer, programs
@@ -80,6 +81,24 @@ def postgres() -> Iterator[PostgresServer]:
     server.start()
     yield server
     server.stop()
+
+
+@pytest.fixture(scope="session")
+def valkey() -> Iterator[valkeys.ValkeyServer]:
+    """The run's Valkey, for tests that only use it; one that breaks it takes `own_valkey`."""
+    if valkeys.program() is None:
+        pytest.skip(valkeys.WITHOUT)
+    with valkeys.ValkeyServer() as server:
+        yield server
+
+
+@pytest.fixture
+def own_valkey() -> Iterator[valkeys.ValkeyServer]:
+    """A Valkey that a test may kill, freeze and start again."""
+    if valkeys.program() is None:
+        pytest.skip(valkeys.WITHOUT)
+    with valkeys.ValkeyServer(password="canary-password") as server:
+        yield server
 
 
 @pytest.fixture(scope="session")

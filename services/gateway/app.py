@@ -37,6 +37,7 @@ from services.gateway.oauth.http import OAuthRoutes
 from services.gateway.oauth.outcomes import Outcomes
 from services.gateway.oauth.servicer import TokenServicer
 from services.gateway.policy_view import PolicyView
+from services.gateway.redis import connect
 from services.gateway.request import RequestParser
 from services.gateway.routing import Replica, Router
 from services.gateway.servicer import (
@@ -124,6 +125,9 @@ async def build(settings: GatewaySettings, clock: Clock) -> App:
     telling = channel(settings.auth_target, Audience.AUTH, MAX_ANSWER_BYTES)
     log = channel(settings.logging_target, Audience.LOGGING)
     inference = [channel(target, Audience.INFERENCE) for target in settings.inference_targets]
+
+    # What is shared with other gateways, where there are several.
+    redis = connect(settings, clock)
 
     # The record of what is done here.
     spool = Spool.open(
@@ -293,6 +297,7 @@ async def build(settings: GatewaySettings, clock: Clock) -> App:
             telling,
             log,
             *inference,
+            *([redis] if redis else []),
             Closing(tokens.close),
             FirstKeys(jwks, health, clock),
             watch_revocations(watches.revocations, revoked, health=health, clock=clock),

@@ -5,8 +5,9 @@ from __future__ import annotations
 from ipaddress import IPv4Network, IPv6Network
 from pathlib import Path
 from typing import Annotated, ClassVar, Literal
+from urllib.parse import urlsplit
 
-from pydantic import Field, field_validator, model_validator
+from pydantic import Field, SecretStr, field_validator, model_validator
 from pydantic_settings import NoDecode, SettingsConfigDict
 
 from services.mesh.settings import LOOPBACK, KafkaSettings, Port, PositiveSeconds
@@ -57,6 +58,17 @@ class GatewaySettings(KafkaSettings):
     """What the audit spool may hold on disk."""
     spool_max_events: int = Field(default=200_000, ge=1000)
 
+    redis_url: SecretStr | None = None
+    """What several gateways share: `redis://`, `rediss://` (TLS) or `unix://`; not set: each keeps everything
+    in its own memory."""
+    redis_password_file: Path | None = None
+    """Holds the password for `redis_url`, where that has none."""
+    redis_ca_file: Path | None = None
+    """Who signed Redis's certificate; not set: the system's authorities."""
+    redis_max_connections: int = Field(default=32, ge=1, le=1024)
+    redis_timeout_s: float = Field(default=0.1, gt=0, le=1)
+    """A call to Redis that takes longer counts as its loss, and the gateway goes on without it."""
+
     public_url: str = ""
     """Where clients find the HTTP edge, such as `https://api.example`; empty: at `issuer`. The metadata of
     OAuth2 (RFC 8414) names the endpoints below it."""
@@ -82,6 +94,17 @@ class GatewaySettings(KafkaSettings):
     def _split(cls, value: object) -> object:
         if isinstance(value, str):
             return tuple(part.strip() for part in value.split(",") if part.strip())
+        return value
+
+    @field_validator("redis_url")
+    @classmethod
+    def _check_redis_url(cls, value: SecretStr | None) -> SecretStr | None:
+        """Says what is wrong with it, without a word of it: it may hold a password."""
+        if value is None:
+            return None
+        parts = urlsplit(value.get_secret_value())
+        if parts.scheme not in ("redis", "rediss", "unix"):
+            raise ValueError("must be `redis://host:port/0`, `rediss://...` for TLS, or `unix:///path`")
         return value
 
     @model_validator(mode="after")
