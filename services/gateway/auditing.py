@@ -75,6 +75,8 @@ class RequestRecord:
         self.method = context.method
         self.source_address = context.source_address
         self.credential_expires_at = context.caller.expires_at
+        self.response_metadata = context.response_metadata
+        """Sent beside the answer or the error: see RequestContext."""
         self.model = ""
         self.labels: Mapping[str, str] = {}
         self.usage = Usage()

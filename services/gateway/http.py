@@ -6,7 +6,6 @@ scopes and errors are not written twice.
 
 from __future__ import annotations
 
-import asyncio
 from collections.abc import Awaitable, Callable, Sequence
 from contextlib import aclosing
 
@@ -22,14 +21,14 @@ from services.gateway import http_errors, openai, openai_answers
 from services.gateway.auditing import RequestRecord, current_record
 from services.gateway.completion import Completions
 from services.gateway.generation import Delta, Finished, Started, ValidGeneration
-from services.gateway.http_exchange import Exchange, Receive, Scope, Send
+from services.gateway.http_endpoint import Endpoint
+from services.gateway.http_exchange import Exchange
 from services.gateway.models import Models
 from services.gateway.request import RequestParser
 from services.mesh.clock import Clock
-from services.mesh.context import RequestContext
-from services.mesh.errors import Draining, Internal, LlmosError, ReaderStalled, RequestInvalid
+from services.mesh.errors import Internal, RequestInvalid
 from services.mesh.health import Health
-from services.mesh.interceptors import Call, Chain, new_request_id
+from services.mesh.interceptors import Chain, new_request_id
 from services.mesh.source_address import NO_PROXIES, TrustedProxies
 
 GENERATE = "/llmos.gateway.v1.GenerationService/Generate"
@@ -73,8 +72,11 @@ class HttpEdge:
         self._proxies = proxies
 
     def app(self) -> Starlette:
-        def audited(method: str, serve: Callable[[Exchange, RequestRecord], Awaitable[None]]) -> _Endpoint:
-            return _Endpoint(self._chain, self._clock, self._proxies, method, serve)
+        def audited(method: str, serve: Callable[[Exchange, RequestRecord], Awaitable[None]]) -> Endpoint:
+            async def recorded(exchange: Exchange) -> None:
+                await serve(exchange, current_record())
+
+            return Endpoint(self._chain, self._clock, self._proxies, method, recorded)
 
         app = Starlette(
             routes=[
@@ -152,50 +154,6 @@ class HttpEdge:
                         await exchange.send(chunk)
                 elif isinstance(event, Finished):
                     await exchange.end(writer.closing(event))
-
-
-class _Endpoint:
-    """An ASGI application for one route: the chain around its handler."""
-
-    def __init__(
-        self,
-        chain: Chain,
-        clock: Clock,
-        proxies: TrustedProxies,
-        method: str,
-        serve: Callable[[Exchange, RequestRecord], Awaitable[None]],
-    ) -> None:
-        self._chain = chain
-        self._clock = clock
-        self._proxies = proxies
-        self._method = method
-        self._serve = serve
-
-    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        client = scope.get("client")
-        context = RequestContext(new_request_id(), self._method)
-        exchange = Exchange(scope, receive, send, request_id=context.request_id, clock=self._clock)
-        context.source_address = self._proxies.source_address(client[0] if client else "", exchange.headers)
-        try:
-            async with self._chain.around(Call(context, exchange.headers, protocol="http")):
-                await self._guarded(exchange)
-        except LlmosError as error:
-            await exchange.fail(error)
-        except asyncio.CancelledError:
-            # Nobody waits for this task: it was the caller who left, or the drain that ran out of patience.
-            await exchange.fail(Draining("The server shut down before the answer was complete."))
-        finally:
-            await exchange.close()
-
-    async def _guarded(self, exchange: Exchange) -> None:
-        try:
-            await self._serve(exchange, current_record())
-        except asyncio.CancelledError:
-            if exchange.stalled:
-                raise ReaderStalled(
-                    "The reader took nothing for too long, so the stream was ended."
-                ) from None
-            raise
 
 
 def to_message(body: openai.ChatRequest) -> generation_service_pb2.StreamGenerateRequest:

@@ -6,7 +6,7 @@ A caller that goes away cancels the work: `watch` says so to the task that serve
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Awaitable, Callable, Iterable, MutableMapping
+from collections.abc import Awaitable, Callable, Iterable, Mapping, MutableMapping
 from email.utils import format_datetime
 from typing import Any
 
@@ -35,7 +35,17 @@ sending, gets to read the answer. Beyond that the connection is simply closed.""
 class Exchange:
     """Sends at most one answer; after its first byte an error becomes the stream's last event."""
 
-    def __init__(self, scope: Scope, receive: Receive, send: Send, *, request_id: str, clock: Clock) -> None:
+    def __init__(
+        self,
+        scope: Scope,
+        receive: Receive,
+        send: Send,
+        *,
+        request_id: str,
+        clock: Clock,
+        response_metadata: Mapping[str, str] | None = None,
+    ) -> None:
+        """`response_metadata` becomes headers of the answer: what it holds when the answer begins."""
         self.scope = scope
         self.gone = False
         """The caller has left."""
@@ -45,6 +55,7 @@ class Exchange:
         self._clock = clock
         self._received_s = clock.monotonic()
         self._request_id = request_id.encode()
+        self._response_metadata = {} if response_metadata is None else response_metadata
         self._begun = False
         self._complete = False
         self._close = False
@@ -137,6 +148,8 @@ class Exchange:
             (b"x-request-id", self._request_id),
             (b"openai-processing-ms", b"%d" % elapsed_ms),
         ]
+        for name, value in self._response_metadata.items():
+            common.append((name.encode(), value.encode()))
         if self._close:
             common.append((b"connection", b"close"))
         await self._send({"type": "http.response.start", "status": status, "headers": [*common, *headers]})

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from contextvars import ContextVar, Token
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from datetime import datetime
 
 from services.mesh.errors import Internal, ScopeMissing
@@ -69,6 +69,9 @@ class RequestContext:
     """On the injected monotonic clock."""
     caller: Caller = Caller()
     trace_id: str = ""
+    response_metadata: dict[str, str] = field(default_factory=dict)
+    """What the answer says of itself beside its content, errors too: names in lower case, values in ASCII.
+    Headers on HTTP, until the answer begins; trailing metadata on gRPC, until it ends."""
 
     @property
     def identity(self) -> Identity:

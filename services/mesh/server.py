@@ -219,6 +219,7 @@ class _ChainInterceptor(grpc.aio.ServerInterceptor):
                 request = self._checked(request, parse)
                 response = await behaviour(request, servicer_context)
                 await _send_headers(call, servicer_context)
+                _set_trailers(call, servicer_context)
                 return response
 
         return serve
@@ -247,6 +248,7 @@ class _ChainInterceptor(grpc.aio.ServerInterceptor):
                             await _send_headers(call, servicer_context)
                             first = False
                         await write(response)
+                _set_trailers(call, servicer_context)
 
         return serve
 
@@ -349,7 +351,11 @@ async def _forward(behaviour: Callable[..., Any], request: Any, servicer_context
 async def _abort(servicer_context: Any, error: LlmosError, call: Call) -> None:
     details = status.to_status(error, call.context.request_id)
     servicer_context.set_trailing_metadata(
-        (*_identifying(call), (status.DETAILS_KEY, details.SerializeToString()))
+        (
+            *_identifying(call),
+            *call.context.response_metadata.items(),
+            (status.DETAILS_KEY, details.SerializeToString()),
+        )
     )
     await servicer_context.abort(status.code_of(error), details.message)
 
@@ -371,6 +377,11 @@ def _identifying(call: Call) -> tuple[tuple[str, str], ...]:
 
 async def _send_headers(call: Call, servicer_context: Any) -> None:
     await servicer_context.send_initial_metadata(_identifying(call))
+
+
+def _set_trailers(call: Call, servicer_context: Any) -> None:
+    if call.context.response_metadata:
+        servicer_context.set_trailing_metadata(tuple(call.context.response_metadata.items()))
 
 
 def peer_address(peer: str) -> str:

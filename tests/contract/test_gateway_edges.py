@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager
+from contextlib import asynccontextmanager, suppress
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -12,10 +12,12 @@ import httpx
 import pytest
 from llmos.gateway.v1 import generation_pb2, generation_service_pb2, generation_service_pb2_grpc
 
+from services.gateway.auditing import current_record
 from services.gateway.generation import EngineStarted, ValidGeneration
 from services.mesh import errors, status
 from services.mesh.errors import LlmosError
 from services.mesh.events import Outcome
+from services.mesh.interceptors import Call
 from tests.framework import gateway_grpc, gateway_http
 from tests.framework.gateway_fakes import Bench, FakeReplica, Gate, Step, answer
 
@@ -262,3 +264,41 @@ async def test_r01_the_servers_cap_holds_on_both(kind: str, stream: bool, tmp_pa
             await edge.generate(HELLO, stream=stream)
     assert [event.error_reason for event in bench.audit.ended] == ["DEADLINE_EXCEEDED"]
     assert bench.replicas[0].closed == 1
+
+
+@both
+@pytest.mark.parametrize("stream", [False, True])
+@pytest.mark.parametrize("refused", [False, True])
+async def test_what_the_use_case_says_beside_the_answer_is_sent(
+    kind: str, stream: bool, refused: bool, tmp_path: Path
+) -> None:
+    """`response_metadata`: headers on HTTP, trailing metadata on gRPC, of answers and of errors."""
+    bench = Bench([FakeReplica([errors.Overloaded("x")] if refused else answer("Hi"))])
+
+    @asynccontextmanager
+    async def link(call: Call) -> AsyncIterator[None]:
+        current_record().response_metadata["x-test-left"] = "7"
+        yield
+
+    bench.extra_link = link
+    if kind == "http":
+        async with gateway_http.serving(bench) as http, httpx.AsyncClient() as client:
+            headers = {"authorization": f"Bearer {gateway_http.KEY}"}
+            url = f"{http.url}/v1/chat/completions"
+            response = await client.post(url, json=HELLO | {"stream": stream}, headers=headers)
+        assert response.headers["x-test-left"] == "7"
+        return
+    async with gateway_grpc.serving(bench, tmp_path) as channel:
+        stub = generation_service_pb2_grpc.GenerationServiceStub(channel)
+        request: Any
+        if stream:
+            request = generation_service_pb2.StreamGenerateRequest(spec=_message(HELLO))
+            events = stub.StreamGenerate(request, metadata=gateway_grpc.AUTH)
+            with suppress(grpc.aio.AioRpcError):
+                _ = [event async for event in events]
+            trailers = await events.trailing_metadata()
+        else:
+            request = generation_service_pb2.GenerateRequest(spec=_message(HELLO))
+            whole = stub.Generate(request, metadata=gateway_grpc.AUTH)
+            trailers = await whole.trailing_metadata()
+        assert dict(trailers)["x-test-left"] == "7"

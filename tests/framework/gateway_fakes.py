@@ -44,6 +44,7 @@ from services.mesh.errors import (
     ReplicaLost,
 )
 from services.mesh.events import Edge, RequestEnded, RequestStarted
+from services.mesh.interceptors import Link
 from services.mesh.policy import (
     BUILT_IN_PLANS,
     BUILT_IN_ROLES,
@@ -260,6 +261,8 @@ class Bench:
     """By their API keys."""
     expires_at: datetime | None = None
     """Of the callers' credentials."""
+    extra_link: Link | None = None
+    """Stands in the chain after `audit`."""
     policy: FixedPolicy = field(default_factory=lambda: fixed_policy())
 
     def __post_init__(self) -> None:

@@ -58,6 +58,7 @@ def chain_of(bench: Bench, *, max_call_s: float = 30) -> Chain:
         chain.links
         | {
             "audit": bench.trail.link,
+            **({"extra": bench.extra_link} if bench.extra_link else {}),
             "revoked": bench.credentials.link,
             "authorise": bench.authorisation.link,
         }

@@ -6,7 +6,6 @@ telemetry are not written twice.
 
 from __future__ import annotations
 
-import asyncio
 from collections.abc import Awaitable, Callable
 from urllib.parse import urlsplit
 
@@ -14,7 +13,8 @@ from starlette.requests import Request
 from starlette.responses import Response
 from starlette.routing import BaseRoute, Route
 
-from services.gateway.http_exchange import Exchange, Receive, Scope, Send
+from services.gateway.http_endpoint import Endpoint
+from services.gateway.http_exchange import Exchange
 from services.gateway.keys import is_api_key
 from services.gateway.oauth import answers, forms
 from services.gateway.oauth.forms import Form
@@ -22,10 +22,9 @@ from services.gateway.oauth.outcomes import Outcomes
 from services.gateway.oauth.ports import ClientProof, TokensPort
 from services.mesh.actions import GET_JWKS
 from services.mesh.clock import Clock
-from services.mesh.context import RequestContext
-from services.mesh.errors import CredentialMissing, Draining, LlmosError, PolicyDenied, RequestInvalid, Status
+from services.mesh.errors import CredentialMissing, LlmosError, PolicyDenied, RequestInvalid, Status
 from services.mesh.events import Edge
-from services.mesh.interceptors import Call, Chain, new_request_id
+from services.mesh.interceptors import Chain
 from services.mesh.source_address import NO_PROXIES, TrustedProxies
 
 _SERVICE = "/llmos.auth.v1.TokenService/"
@@ -58,8 +57,8 @@ class OAuthRoutes:
         self._metadata_path = answers.METADATA + urlsplit(issuer).path.rstrip("/")
 
     def routes(self) -> list[BaseRoute]:
-        def open_to_all(method: str, serve: Callable[[Exchange], Awaitable[None]]) -> _Endpoint:
-            return _Endpoint(self._chain, self._clock, self._proxies, method, serve)
+        def open_to_all(method: str, serve: Callable[[Exchange], Awaitable[None]]) -> Endpoint:
+            return Endpoint(self._chain, self._clock, self._proxies, method, serve, _fail)
 
         return [
             Route(self._metadata_path, self._describe, methods=["GET"]),
@@ -156,46 +155,13 @@ class OAuthRoutes:
         await exchange.respond(200, b"", answers.NO_STORE)
 
 
-class _Endpoint:
-    """An ASGI application for one route: the chain around its handler, errors in OAuth2's form."""
-
-    def __init__(
-        self,
-        chain: Chain,
-        clock: Clock,
-        proxies: TrustedProxies,
-        method: str,
-        serve: Callable[[Exchange], Awaitable[None]],
-    ) -> None:
-        self._chain = chain
-        self._clock = clock
-        self._proxies = proxies
-        self._method = method
-        self._serve = serve
-
-    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        client = scope.get("client")
-        context = RequestContext(new_request_id(), self._method)
-        exchange = Exchange(scope, receive, send, request_id=context.request_id, clock=self._clock)
-        context.source_address = self._proxies.source_address(client[0] if client else "", exchange.headers)
-        try:
-            async with self._chain.around(Call(context, exchange.headers, protocol="http")):
-                await self._serve(exchange)
-        except LlmosError as error:
-            await _fail(exchange, error)
-        except asyncio.CancelledError:
-            # Nobody waits for this task: it was the caller who left, or the drain that ran out of patience.
-            await _fail(exchange, Draining("The server shut down before the answer was complete."))
-        finally:
-            await exchange.close()
-
-
 async def _form(exchange: Exchange) -> Form:
     body = await exchange.body(forms.MAX_BODY_BYTES)
     return Form(body, exchange.headers.get("content-type", ""))
 
 
 async def _fail(exchange: Exchange, error: LlmosError) -> None:
+    """Sends the error in OAuth2's form."""
     if not exchange.answered and not exchange.gone:
         by_body = "authorization" not in exchange.headers and not isinstance(error, CredentialMissing)
         status, body, headers = answers.error(error, by_body=by_body)

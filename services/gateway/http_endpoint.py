@@ -1,0 +1,69 @@
+"""One route of the HTTP edge: the chain around a handler. The routes differ in how their errors look."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Awaitable, Callable
+
+from services.gateway.http_exchange import Exchange, Receive, Scope, Send
+from services.mesh.clock import Clock
+from services.mesh.context import RequestContext
+from services.mesh.errors import Draining, LlmosError, ReaderStalled
+from services.mesh.interceptors import Call, Chain, new_request_id
+from services.mesh.source_address import TrustedProxies
+
+Serve = Callable[[Exchange], Awaitable[None]]
+Fail = Callable[[Exchange, LlmosError], Awaitable[None]]
+
+
+class Endpoint:
+    """An ASGI application. The route stands for the gRPC method that it names."""
+
+    def __init__(
+        self,
+        chain: Chain,
+        clock: Clock,
+        proxies: TrustedProxies,
+        method: str,
+        serve: Serve,
+        fail: Fail = Exchange.fail,
+    ) -> None:
+        self._chain = chain
+        self._clock = clock
+        self._proxies = proxies
+        self._method = method
+        self._serve = serve
+        self._fail = fail
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        client = scope.get("client")
+        context = RequestContext(new_request_id(), self._method)
+        exchange = Exchange(
+            scope,
+            receive,
+            send,
+            request_id=context.request_id,
+            clock=self._clock,
+            response_metadata=context.response_metadata,
+        )
+        context.source_address = self._proxies.source_address(client[0] if client else "", exchange.headers)
+        try:
+            async with self._chain.around(Call(context, exchange.headers, protocol="http")):
+                await self._guarded(exchange)
+        except LlmosError as error:
+            await self._fail(exchange, error)
+        except asyncio.CancelledError:
+            # Nobody waits for this task: it was the caller who left, or the drain that ran out of patience.
+            await self._fail(exchange, Draining("The server shut down before the answer was complete."))
+        finally:
+            await exchange.close()
+
+    async def _guarded(self, exchange: Exchange) -> None:
+        try:
+            await self._serve(exchange)
+        except asyncio.CancelledError:
+            if exchange.stalled:
+                raise ReaderStalled(
+                    "The reader took nothing for too long, so the stream was ended."
+                ) from None
+            raise
