@@ -115,6 +115,10 @@ bench-lookup: dev-env ## Measure prompt lookup at one stream, beside the same en
 bench-auth: dev-env ## Measure what a credential and a decision cost, with few and with many tenants and keys (ROUNDS=25)
 	@$(PY) -m tests.bench.auth $(if $(ROUNDS),--rounds $(ROUNDS)) $(ARGS)
 
+.PHONY: bench-gateway
+bench-gateway: dev-env .tools/bench-gateway/.installed ## Measure what the gateway adds, beside LiteLLM, smg and a bare proxy (ROUNDS=5)
+	@$(PY) -m tests.bench.gateway $(if $(ROUNDS),--rounds $(ROUNDS)) $(ARGS)
+
 .PHONY: bench-start
 bench-start: dev-env ## Measure from the start of inference to its first token, with and without a converted model
 	@$(PY) -m tests.bench.start $(if $(ROUNDS),--rounds $(ROUNDS)) $(ARGS)
@@ -208,6 +212,16 @@ $(VENV)/.installed: pyproject.toml $(VENV)/.run
 	@$(UV) venv --quiet --python $(PY) .tools/bench-vllm
 	@$(UV) pip install --quiet --python .tools/bench-vllm/bin/python --require-hashes --no-deps \
 		-r requirements/bench-vllm.txt
+	@touch $@
+
+# The gateways of others want other versions of what dev has. Byte code is written beforehand: LiteLLM is slow without.
+.tools/bench-gateway/.installed: requirements/bench-gateway.txt | $(PY)
+	@echo "Installing LiteLLM and smg, once: about 1 GB"
+	@rm -rf .tools/bench-gateway
+	@$(UV) venv --quiet --python $(PY) .tools/bench-gateway
+	@$(UV) pip install --quiet --python .tools/bench-gateway/bin/python --require-hashes --no-deps \
+		-r requirements/bench-gateway.txt
+	@.tools/bench-gateway/bin/python -m compileall -q .tools/bench-gateway/lib || true
 	@touch $@
 
 protos/gen/.digest: $(PROTO_SOURCES) protos/generate.py $(VENV)/.run

@@ -1,0 +1,364 @@
+"""`make bench-gateway`: what our gateway adds to a request, beside the gateways of others.
+
+`python -m tests.bench.gateway --subjects grpc-all --rounds 1 --short` measures one subject; `--profile FILE`
+writes a cProfile of the gateway's process. docs/benchmarks.md says what is compared, and how.
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import sys
+import tempfile
+from collections.abc import Mapping, Sequence
+from contextlib import AsyncExitStack
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+from deploy.dev.environment import ROOT
+from tests.bench import gateway_figures as figures
+from tests.bench import report
+from tests.bench.figures import Aim
+from tests.bench.gateway_figures import Memory, Round, Streamed, Unary
+from tests.bench.gateway_load import MODEL, Job, Target, prompt
+from tests.bench.gateway_pieces import ALL
+from tests.bench.gateway_subjects import (
+    Bare,
+    LiteLlm,
+    Load,
+    Own,
+    OwnProcess,
+    Platform,
+    Smg,
+    Subject,
+    Upstream,
+)
+from tests.bench.progress import Progress
+from tests.bench.subject import cpu_s
+from tests.bench.work import CannotMeasure
+from tests.framework import broker as brokers
+from tests.framework.mesh import CannotStart, MeshHarness
+from tests.framework.ports import PortReservations
+
+EXIT_MEASURED, EXIT_COULD_NOT = 0, 2
+OURS = (figures.OURS, figures.ALL_ON, figures.OFF)
+SUBJECTS = (*OURS, figures.BARE, figures.LITELLM, figures.SMG)
+PRICE, MEMORY = "price", "memory"
+SWITCHED_ON = ("telemetry", "auth", "authorisation", "limits", "audit")
+"""One after the other, in the table of prices."""
+
+
+@dataclass(frozen=True, slots=True)
+class Size:
+    """How much is measured."""
+
+    rounds: int = 5
+    alone_s: float = 1.5
+    loaded_s: float = 4.0
+    warm_s: float = 0.5
+    words: int = 16
+    """Of a unary call's prompt, and of its answer."""
+    streamed_words: int = 200
+    streams: int = 8
+    memory_requests: int = 10_000
+    memory_later_s: float = 10.0
+
+    @classmethod
+    def short(cls, rounds: int) -> Size:
+        return cls(rounds, alone_s=0.5, loaded_s=1.5, memory_requests=2_000, memory_later_s=2.0)
+
+
+class Bench:
+    """The subjects, and the process that asks them."""
+
+    def __init__(self, load: Load, size: Size, say: Progress) -> None:
+        self._load, self._size, self._say = load, size, say
+
+    async def check(self, subjects: Sequence[Subject]) -> None:
+        """All have to say the same. Raises CannotMeasure."""
+        size = self._size
+        for subject in subjects:
+            through, behind = await subject.target(), await subject.behind()
+            for job in (
+                Job(behind, MODEL, size.words),
+                Job(through, MODEL, size.words),
+                Job(through, subject.streamed_model, size.streamed_words, streamed=True),
+            ):
+                said = (await self._load.run(job))["text"]
+                # The last word is a number, which is another one each time.
+                if said.split()[:-1] != prompt(job.words).split()[:-1] or len(said.split()) != job.words:
+                    raise CannotMeasure(f"{subject.name} says {said[:200]!r}")
+            subject.rest()
+
+    async def round(self, subject: Subject) -> Round:
+        """All that is measured of one subject in one round."""
+        size = self._size
+        subject.wake()
+        try:
+            through, behind = await subject.target(), await subject.behind()
+            for target in (behind, through):
+                await self._load.run(Job(target, MODEL, size.words, streams=16, seconds=size.warm_s))
+            alone_behind = await self._unary(None, behind, 1, size.alone_s)
+            alone = await self._unary(subject, through, 1, size.alone_s)
+            at_16_behind = await self._unary(None, behind, 16, size.alone_s)
+            at_16 = await self._unary(subject, through, 16, size.loaded_s)
+            at_32 = await self._unary(subject, through, 32, size.loaded_s)
+            streamed = await self._streamed(subject, through)
+        finally:
+            subject.rest()
+        return Round(alone, alone_behind, at_16, at_16_behind, at_32, streamed)
+
+    async def cpu_per_request(self, subject: Subject) -> float:
+        target = await subject.target()
+        await self._load.run(Job(target, MODEL, self._size.words, streams=16, seconds=self._size.warm_s))
+        return (await self._unary(subject, target, 16, self._size.loaded_s)).cpu_s_per_request
+
+    async def memory(self, subject: Subject, requests: int) -> Memory:
+        """Of one that has just been started, and checked."""
+        subject.wake()
+        idle = resident(subject)
+        target = await subject.target()
+        await self._load.run(Job(target, MODEL, self._size.words, streams=16, requests=requests))
+        loaded = resident(subject)
+        await asyncio.sleep(self._size.memory_later_s)
+        later = resident(subject)
+        subject.rest()
+        return Memory(idle, loaded, later, requests)
+
+    async def _unary(self, subject: Subject | None, target: Target, streams: int, seconds: float) -> Unary:
+        processes = subject.processes() if subject else {}
+        before = sum(cpu_s(processes).values())
+        done = await self._load.run(Job(target, MODEL, self._size.words, streams=streams, seconds=seconds))
+        used = sum(cpu_s(processes).values()) - before
+        return Unary(done["requests"] / done["took_s"], done["p50_s"], done["p99_s"], used / done["requests"])
+
+    async def _streamed(self, subject: Subject, target: Target) -> Streamed:
+        size = self._size
+        job = Job(
+            target,
+            subject.streamed_model,
+            size.streamed_words,
+            streamed=True,
+            streams=size.streams,
+            seconds=size.loaded_s,
+        )
+        processes = subject.processes()
+        before = sum(cpu_s(processes).values())
+        done = await self._load.run(job)
+        used = sum(cpu_s(processes).values()) - before
+        if done["tokens"] != done["requests"] * size.streamed_words:
+            per_stream = done["tokens"] / done["requests"]
+            raise CannotMeasure(
+                f"{subject.name} streams {per_stream:.1f} pieces for {size.streamed_words} tokens"
+            )
+        return Streamed(done["tokens"] / done["took_s"], used / done["tokens"])
+
+
+def resident(subject: Subject) -> int:
+    return sum(each.memory_info().rss for each in subject.processes().values())
+
+
+class Prices:
+    """Gateways with more and more parts switched on, and what a request costs them."""
+
+    def __init__(self, platform: Platform) -> None:
+        self._subjects: dict[str, Own] = {}
+        on: list[str] = []
+        without = [part for part in ALL if part not in on]
+        self._add("nothing", platform, without, token=True)
+        for part in SWITCHED_ON:
+            on.append(part)
+            without = [part for part in ALL if part not in on]
+            self._add(f"{part} (access token)" if part == "auth" else part, platform, without, token=True)
+            if part == "auth":
+                last = self._subjects["auth (access token)"]
+                self._share("API key in its place", platform, last)
+
+    def _add(self, name: str, platform: Platform, without: Sequence[str], *, token: bool) -> None:
+        process = OwnProcess(platform, f"price-{len(self._subjects)}", without=without)
+        self._subjects[name] = Own(name, platform, process, "grpc", token=token)
+
+    def _share(self, name: str, platform: Platform, other: Own) -> None:
+        self._subjects[name] = Own(name, platform, other.own, "grpc", token=False)
+
+    async def start(self) -> None:
+        for subject in self._subjects.values():
+            await subject.start()
+
+    async def measure(self, bench: Bench, rounds: int, say: Progress) -> dict[str, list[float]]:
+        found: dict[str, list[float]] = {name: [] for name in self._subjects}
+        names = list(self._subjects)
+        for index in range(rounds):
+            for name in names if index % 2 == 0 else reversed(names):
+                found[name].append(await bench.cpu_per_request(self._subjects[name]))
+            last = ", ".join(f"{name} {values[-1] * 1e6:.0f}" for name, values in found.items())
+            say(f"prices {index + 1}/{rounds}, us: {last}")
+        return found
+
+    async def stop(self) -> None:
+        for subject in self._subjects.values():
+            await subject.stop()
+
+
+@dataclass(frozen=True, slots=True)
+class Found:
+    """All that was measured."""
+
+    rounds: Mapping[str, list[Round]]
+    memory: Mapping[str, Memory]
+    prices: Mapping[str, list[float]]
+
+    def aims(self) -> list[Aim]:
+        return figures.aims(self.rounds, self.memory)
+
+
+async def measure(
+    wanted: Sequence[str],
+    size: Size,
+    folder: Path,
+    platform: Platform | None,
+    say: Progress,
+    *,
+    profile: Path | None = None,
+) -> Found:
+    """`platform` has been started; None where no gateway of ours is wanted."""
+    async with AsyncExitStack() as stack:
+        ports = PortReservations()
+        stack.callback(ports.release)
+        load = Load(folder / "load.log")
+        await load.start()
+        stack.push_async_callback(load.stop)
+        subjects = await _subjects(wanted, folder, platform, ports, stack, profile)
+        bench = Bench(load, size, say)
+        for subject in subjects:
+            say(f"starting {subject.name}")
+            stack.push_async_callback(subject.stop)
+            await subject.start()
+        await bench.check(subjects)
+        say("all say the same")
+        memory: dict[str, Memory] = {}
+        if MEMORY in wanted:
+            for subject in subjects:
+                if subject.name in (figures.ALL_ON, figures.OFF):
+                    continue  # the same process, or hardly another
+                few = subject.name == figures.LITELLM
+                memory[subject.name] = await bench.memory(subject, size.memory_requests // (10 if few else 1))
+                say(f"memory of {subject.name}: {memory[subject.name]}")
+        rounds: dict[str, list[Round]] = {subject.name: [] for subject in subjects}
+        for index in range(size.rounds if subjects else 0):
+            turn = index % len(subjects)
+            for subject in (*subjects[turn:], *subjects[:turn]):
+                found = await bench.round(subject)
+                rounds[subject.name].append(found)
+                say(f"round {index + 1}/{size.rounds}, {subject.name}: {_line(found)}")
+        prices: dict[str, list[float]] = {}
+        if PRICE in wanted and platform is not None:
+            say("starting a gateway for each step of the table of prices")
+            steps = Prices(platform)
+            stack.push_async_callback(steps.stop)
+            await steps.start()
+            prices = await steps.measure(bench, size.rounds, say)
+        return Found(rounds, memory, prices)
+
+
+async def _subjects(
+    wanted: Sequence[str],
+    folder: Path,
+    platform: Platform | None,
+    ports: PortReservations,
+    stack: AsyncExitStack,
+    profile: Path | None,
+) -> list[Subject]:
+    subjects: list[Subject] = []
+    if platform is not None:
+        whole = OwnProcess(platform, "all", profile=profile)
+        if figures.OURS in wanted:
+            subjects.append(Own(figures.OURS, platform, whole, "http", token=False))
+        if figures.ALL_ON in wanted:
+            subjects.append(Own(figures.ALL_ON, platform, whole, "grpc", token=False))
+        if figures.OFF in wanted:
+            off = OwnProcess(platform, "off", without=ALL, profile=profile)
+            subjects.append(Own(figures.OFF, platform, off, "grpc", token=False))
+    upstreams = {"grpc": (figures.BARE,), "http": (figures.LITELLM, figures.SMG)}
+    for protocol, names in upstreams.items():
+        if not set(names) & set(wanted):
+            continue
+        upstream = Upstream(protocol, ports, folder)
+        stack.push_async_callback(upstream.stop)
+        await upstream.start()
+        makers: dict[str, type[Bare | LiteLlm | Smg]] = {
+            figures.BARE: Bare,
+            figures.LITELLM: LiteLlm,
+            figures.SMG: Smg,
+        }
+        subjects += [makers[name](upstream, ports, folder) for name in names if name in wanted]
+    return subjects
+
+
+def _line(found: Round) -> str:
+    return (
+        f"{found.alone.p50_s * 1e3:.2f} ms alone (behind it {found.alone_behind.p50_s * 1e3:.2f});"
+        f" at 16 {found.at_16.requests_per_s:.0f}/s, p99 {found.at_16.p99_s * 1e3:.1f} ms,"
+        f" {found.at_16.cpu_s_per_request * 1e6:.0f} us of CPU; at 32 {found.at_32.requests_per_s:.0f}/s;"
+        f" {found.streamed.tokens_per_s:.0f} tokens/s, {found.streamed.cpu_s_per_token * 1e6:.1f} us each"
+    )
+
+
+async def bench(wanted: Sequence[str], size: Size, folder: Path, say: Progress, profile: Path | None) -> None:
+    machine = report.machine()
+    say(f"{machine['cpu']}, {machine['cores']} cores, load {machine['load_before'][0]}")
+    async with AsyncExitStack() as stack:
+        platform: Platform | None = None
+        if {*OURS, PRICE} & set(wanted):
+            reservations = PortReservations()
+            stack.callback(reservations.release)
+            broker = brokers.prepare(folder / "kafka", reservations)
+            say("starting the broker, auth, logging and inference")
+            stack.callback(brokers.stop_blocking, broker)
+            broker.start()
+            await broker.wait_ready()
+            platform = Platform(MeshHarness(folder / "mesh", broker, reservations), reservations, folder)
+            stack.push_async_callback(platform.stop)
+            await platform.start()
+        found = await measure(wanted, size, folder, platform, say, profile=profile)
+    made = found.aims()
+    content = {
+        "machine": machine,
+        "size": asdict(size),
+        "rounds": {name: [asdict(each) for each in rounds] for name, rounds in found.rounds.items()},
+        "memory": {name: asdict(each) for name, each in found.memory.items()},
+        "price_cpu_s": found.prices,
+        "aims": [aim.line() for aim in made],
+    }
+    say(f"raw rounds: {report.write('gateway', content).relative_to(ROOT)}")
+    tables = figures.tables(found.rounds) if found.rounds else []
+    tables += [figures.memory_table(found.memory)] if found.memory else []
+    tables += [figures.price_table(found.prices)] if found.prices else []
+    report.show(tables, made)
+
+
+def main(argv: Sequence[str]) -> int:
+    parser = argparse.ArgumentParser(prog="python -m tests.bench.gateway", description=__doc__)
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--short", action="store_true", help="each part a third as long, or less")
+    every = (*SUBJECTS, MEMORY, PRICE)
+    parser.add_argument("--subjects", default=",".join(every), help="with commas; not given: all of them")
+    parser.add_argument("--profile", type=Path, help="where the profile of the gateway's process goes")
+    given = parser.parse_args(argv)
+    wanted = given.subjects.split(",")
+    if unknown := set(wanted) - set(every):
+        parser.error(f"no subject {', '.join(sorted(unknown))}; there are {', '.join(every)}")
+    size = Size.short(given.rounds) if given.short else Size(given.rounds)
+    try:
+        with tempfile.TemporaryDirectory(prefix="llmos-bench-gateway-") as folder:
+            asyncio.run(
+                bench(wanted, size, Path(folder), Progress(), given.profile and given.profile.absolute())
+            )
+    except (CannotMeasure, CannotStart) as error:
+        print(f"Could not measure: {error}", file=sys.stderr)
+        return EXIT_COULD_NOT
+    return EXIT_MEASURED
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

@@ -1,0 +1,163 @@
+"""The gateway with some of its parts left out, as a process of its own: what does each of them cost?
+
+`BENCH_WITHOUT=auth,audit python -m tests.bench.gateway_pieces`, with the gateway's settings beside it. It is
+`services.gateway.app.build` itself, where the names of some classes stand for others that do nothing, so what
+is served is always today's composition. A name that is no longer there ends the process. `BENCH_PROFILE=FILE`
+writes a profile (cProfile) when the process is told to end.
+"""
+
+from __future__ import annotations
+
+import cProfile
+import os
+import sys
+from collections.abc import AsyncIterator, Callable, Iterator, Mapping
+from contextlib import asynccontextmanager, contextmanager
+from typing import Any
+
+from services.gateway import app, auditing
+from services.gateway.admission import Admission
+from services.gateway.auditing import AuditTrail, RequestRecord
+from services.gateway.authorisation import Authorisation
+from services.gateway.generation import ValidGeneration
+from services.gateway.settings import GatewaySettings
+from services.gateway.telemetry import Instruments, Measured
+from services.mesh.app import run
+from services.mesh.context import Caller, Identity
+from services.mesh.interceptors import Call, Chain
+from services.mesh.spool import Spool
+from services.mesh.telemetry import NO_SPAN
+
+SCOPES = frozenset({"generate", "models.read"})
+
+
+class Nobody:
+    """A part that does nothing, whatever it is asked."""
+
+    def __init__(self, *args: Any, **settings: Any) -> None: ...
+
+    async def start(self) -> None: ...
+
+    async def stop(self) -> None: ...
+
+
+class EveryoneIsIn(Nobody):
+    """Instead of the authenticator."""
+
+    _caller = Caller(Identity("bench", "bench", scopes=SCOPES))
+
+    async def __call__(self, method: str, metadata: Mapping[str, str | bytes], source_address: str) -> Caller:
+        return self._caller
+
+
+class EverythingIsAllowed(Authorisation):
+    """Instead of policy."""
+
+    def decide_request(self, *args: Any, **facts: Any) -> None: ...
+
+    def may_see(self, *args: Any, **facts: Any) -> bool:
+        return True
+
+
+class NoLimit(Admission):
+    """Instead of admission."""
+
+    @contextmanager
+    def permit(self, deadline_s: float) -> Iterator[None]:
+        yield
+
+
+class NotMeasured(Instruments):
+    """Instead of spans and metrics."""
+
+    @contextmanager
+    def generation(self, request: ValidGeneration, record: RequestRecord) -> Iterator[Measured]:
+        yield Measured(NO_SPAN)
+
+
+class NoRecord(RequestRecord):
+    """What the use case fills in, and nobody reads."""
+
+    def begin(self) -> None: ...
+
+    async def committed(self) -> None: ...
+
+
+class NoTrail(AuditTrail):
+    """Instead of the audit link."""
+
+    @asynccontextmanager
+    async def link(self, call: Call) -> AsyncIterator[None]:
+        record = NoRecord(
+            call.context,
+            auditing._EDGES[call.protocol],
+            receive_time=self._clock.now(),
+            received_s=self._clock.monotonic(),
+            audit=self._audit,
+        )
+        auditing._current.set(record)
+        yield
+
+
+class NoSpool(Nobody):
+    """Instead of the spool: nothing is opened."""
+
+    @classmethod
+    def open(cls, *args: Any, **settings: Any) -> NoSpool:
+        return cls()
+
+    def count_anonymous(self, source_address: str, reason: str) -> None: ...
+
+
+PARTS: Mapping[str, Mapping[str, type]] = {
+    "telemetry": {"Instruments": NotMeasured},
+    "auth": {"GatewayAuthenticator": EveryoneIsIn},
+    "authorisation": {"Authorisation": EverythingIsAllowed},
+    "limits": {"Admission": NoLimit},
+    "audit": {"AuditTrail": NoTrail, "Spool": NoSpool, "Relay": Nobody, "KafkaPublisher": Nobody},
+}
+"""What can be left out, and which names of `services.gateway.app` then mean something else."""
+LINKS: Mapping[str, frozenset[str]] = {
+    "telemetry": frozenset({"trace", "metrics"}),
+    "auth": frozenset({"slowdown", "revoked"}),
+    "authorisation": frozenset({"authorise"}),
+}
+"""Which links of the chain go with it."""
+ALL = tuple(PARTS)
+
+
+def leave_out(parts: frozenset[str]) -> None:
+    """Raises AttributeError where the composition has no such part."""
+    for part in parts:
+        for name, instead in PARTS[part].items():
+            getattr(app, name)
+            setattr(app, name, instead)
+    gone = frozenset[str]().union(*(LINKS.get(part, ()) for part in parts))
+
+    def chain(links: Mapping[str, Any]) -> Chain:
+        return Chain({name: link for name, link in links.items() if name not in gone})
+
+    setattr(app, "Chain", chain)  # noqa: B010 - mypy knows it as a class
+
+
+def main() -> int:
+    parts = frozenset(filter(None, os.environ.pop("BENCH_WITHOUT", "").split(",")))
+    profile = os.environ.pop("BENCH_PROFILE", "")
+    if unknown := parts - PARTS.keys():
+        print(f"there is no part {', '.join(sorted(unknown))}; there are {', '.join(PARTS)}", file=sys.stderr)
+        return 2
+    leave_out(parts)
+    serve: Callable[[], int] = lambda: run(GatewaySettings, app.build, [])  # noqa: E731
+    if not profile:
+        return serve()
+    profiler = cProfile.Profile()
+    try:
+        return profiler.runcall(serve)
+    finally:
+        profiler.dump_stats(profile)
+
+
+__all__ = ["ALL", "PARTS", "Spool", "leave_out"]
+
+if __name__ == "__main__":
+    sys.exit(main())
