@@ -149,7 +149,7 @@ class Deployment:
     policy: Policy
     clock: SystemClock
 
-    def verifier(self, max_entries: int = 20_000) -> Verifier:
+    def verifier(self, max_entries: int = 10_000) -> Verifier:
         """As the gateway's; with 0 entries it remembers nothing."""
         return Verifier(
             self.ring,

@@ -231,6 +231,7 @@ class FakeAuth:
             issued_at_s=identity.issued_at_s,
             expires_at=expires_at,
             token_id=identity.token_id,
+            kid="key-1",
             roles=identity.roles,
             direct_scopes=identity.direct_scopes,
             models=identity.models,

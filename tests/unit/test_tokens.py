@@ -256,17 +256,17 @@ class TestMemory:
         await subject.verify(token)
         assert keys.asked == asked
 
-    async def test_is_bounded_and_forgets_the_least_recently_used(self) -> None:
+    async def test_is_bounded_and_forgets_what_it_remembered_first(self) -> None:
         keys = Keys({KID: KEY})
         subject = verifier(ManualClock(NOW), keys, cache_max_entries=2)
         first, second, third = (signed(KEY, honest_claims(NOW, jti=f"t{n}")) for n in range(3))
         for token in (first, second, first, third):
             await subject.verify(token)
         asked = keys.asked
-        await subject.verify(first)
+        await subject.verify(second)
         await subject.verify(third)
         assert keys.asked == asked
-        await subject.verify(second)
+        await subject.verify(first)
         assert keys.asked == asked + 1
 
     async def test_a_withdrawn_key_ends_what_was_remembered(self) -> None:

@@ -12,6 +12,7 @@ from tests.bench import auth, report
 from tests.bench.auth import (
     ACTION,
     ALL_TOKENS,
+    ANY_TOKEN,
     DECISION,
     EDGE,
     EXCHANGE,
@@ -25,7 +26,7 @@ from tests.bench.auth import (
 )
 from tests.bench.auth_subjects import AT_WORK, deployment, shapes, tenants_policy
 
-SUBJECTS = (TOKEN, UNCACHED, KEY, EDGE, EXCHANGE, DECISION, ALL_TOKENS)
+SUBJECTS = (TOKEN, UNCACHED, KEY, EDGE, EXCHANGE, DECISION, ALL_TOKENS, ANY_TOKEN)
 
 
 async def test_it_measures_all_and_says_its_aims(
@@ -40,6 +41,7 @@ async def test_it_measures_all_and_says_its_aims(
     assert len(shapes_judged) == len(list(shapes(1))) == 7
     assert [aim.name for aim in aims if aim.name.startswith("many_")] == [
         "many_token_cached",
+        "many_tokens_all_in_turn",
         "many_token_uncached",
         "many_api_key_cached",
         "many_decision",
