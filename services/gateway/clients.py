@@ -67,28 +67,32 @@ class GrpcInference:
         self._fleet = fleet_service_pb2_grpc.FleetServiceStub(channel)
         self._probe_timeout_s = probe_timeout_s
 
-    async def generate(self, request_id: str, request: ValidGeneration) -> AsyncGenerator[EngineEvent, None]:
+    async def generate(
+        self, request_id: str, request: ValidGeneration, *, whole: bool = False
+    ) -> AsyncGenerator[EngineEvent, None]:
         message = inference_service_pb2.GenerateRequest(
             request_id=request_id, priority=inference_service_pb2.PRIORITY_INTERACTIVE
         )
         _fill_spec(message.spec, request)
+        if whole:
+            with _lost():
+                found = await self._inference.GenerateWhole(
+                    inference_service_pb2.GenerateWholeRequest(request=message)
+                )
+            yield _started(found.started, found.time_to_first_token_s)
+            for delta in found.deltas:
+                yield _delta(delta)
+            yield _finished(found.finished)
+            return
         call = self._inference.Generate(message)
         try:
             with _lost():
                 async for response in call:
                     # The token path: no more than what an edge or the check of the sequence needs.
                     if response.HasField("delta"):
-                        delta = response.delta
-                        yield Delta(
-                            delta.seq,
-                            delta.choice_index,
-                            delta.text,
-                            delta.token_ids,
-                            [_logprob(entry) for entry in delta.logprobs] if delta.logprobs else (),
-                        )
+                        yield _delta(response.delta)
                     elif response.HasField("started"):
-                        started = response.started
-                        yield EngineStarted(started.model_revision, started.prompt_tokens, started.replica)
+                        yield _started(response.started)
                     elif response.HasField("finished"):
                         yield _finished(response.finished)
         finally:
@@ -179,6 +183,22 @@ def _fill_prompt(message: generation_pb2.Prompt, prompt: Prompt) -> None:
         added = message.chat.messages.add(role=given.role.value, name=given.name)
         for part in given.parts:
             added.content.add(text=part)
+
+
+def _started(
+    message: inference_service_pb2.EngineStarted, first_token_s: float | None = None
+) -> EngineStarted:
+    return EngineStarted(message.model_revision, message.prompt_tokens, message.replica, first_token_s)
+
+
+def _delta(message: generation_pb2.Delta) -> Delta:
+    return Delta(
+        message.seq,
+        message.choice_index,
+        message.text,
+        message.token_ids,
+        [_logprob(entry) for entry in message.logprobs] if message.logprobs else (),
+    )
 
 
 def _finished(message: generation_pb2.Finished) -> Finished:

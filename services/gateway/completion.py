@@ -42,6 +42,7 @@ MAX_ATTEMPTS = 2
 class _Progress:
     """What has been seen of an answer so far."""
 
+    whole: bool = False
     engine: EngineStarted | None = None
     replica: str = ""
     last_seq: int = 0
@@ -78,8 +79,11 @@ class Completions:
         self._clock = clock
         self._instruments = instruments
 
-    async def stream(self, record: RequestRecord, request: ValidGeneration) -> AsyncGenerator[Event, None]:
+    async def stream(
+        self, record: RequestRecord, request: ValidGeneration, *, whole: bool = False
+    ) -> AsyncGenerator[Event, None]:
         """Started, then Delta and Moved, then Finished. Closing the generator ends the work at the replica.
+        `whole`: nobody reads along.
 
         Raises LlmosError: of policy, limits and routing before Started; ReplicaLost, DataCorrupt or what the
         replica raised also later.
@@ -94,7 +98,7 @@ class Completions:
             max_tokens=request.n * (request.max_tokens or self._max_tokens_limit),
             labels=request.labels,
         )
-        progress = _Progress()
+        progress = _Progress(whole)
         with (
             self._admission.permit(record.deadline_s),
             self._instruments.generation(request, record) as measured,
@@ -111,7 +115,7 @@ class Completions:
     async def generate(self, record: RequestRecord, request: ValidGeneration) -> Generation:
         """The whole answer. Raises as `stream` does."""
         folded = _Fold(request.n)
-        async with aclosing(self.stream(record, request)) as events:
+        async with aclosing(self.stream(record, request, whole=True)) as events:
             async for event in events:
                 folded.add(event)
         return folded.result()
@@ -177,12 +181,16 @@ class Completions:
     ) -> AsyncGenerator[Event, None]:
         """Passes on what keeps the contract: EngineStarted, deltas without gap or repeat, Finished."""
         with replica.lease():
-            async with aclosing(replica.port.generate(record.request_id, request)) as upstream:
+            sent_s = self._clock.monotonic()
+            events = replica.port.generate(record.request_id, request, whole=progress.whole)
+            async with aclosing(events) as upstream:
                 async for event in upstream:
                     if isinstance(event, Delta):
                         self._check(event, request, progress)
                         if progress.first_token_s is None:
-                            progress.first_token_s = self._clock.monotonic() - record.received_s
+                            since_s = progress.engine.first_token_s if progress.engine else None
+                            arrived_s = self._clock.monotonic() if since_s is None else sent_s + since_s
+                            progress.first_token_s = arrived_s - record.received_s
                         yield event
                     elif isinstance(event, EngineStarted):
                         if progress.engine is not None:

@@ -127,6 +127,8 @@ class EngineStarted:
     model_revision: str
     prompt_tokens: int
     replica: str
+    first_token_s: float | None = None
+    """Where the answer comes in one piece: what the replica took to its first token."""
 
 
 @dataclass(frozen=True, slots=True)

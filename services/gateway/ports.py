@@ -14,8 +14,12 @@ from services.mesh.tokens import VerifiedToken
 class InferencePort(Protocol):
     """One replica of inference."""
 
-    def generate(self, request_id: str, request: ValidGeneration) -> AsyncGenerator[EngineEvent, None]:
+    def generate(
+        self, request_id: str, request: ValidGeneration, *, whole: bool = False
+    ) -> AsyncGenerator[EngineEvent, None]:
         """EngineStarted, then Delta, then Finished. Closing the generator ends the work at the replica.
+
+        `whole`: nobody reads along, so that all of it may come at the end, with one Delta for each choice.
 
         Raises ReplicaLost where the replica cannot be reached, or went away; other errors as it raised them.
         """

@@ -28,7 +28,8 @@ from services.inference.engine.port import (
     Started,
     TokenLogprob,
 )
-from services.mesh.errors import NotImplementedYet, RequestInvalid, Violation
+from services.inference.whole import Whole
+from services.mesh.errors import EngineFault, NotImplementedYet, RequestInvalid, Violation
 
 _ROLES = {
     generation_pb2.ROLE_SYSTEM: Role.SYSTEM,
@@ -133,39 +134,60 @@ def event_message(event: EngineEvent, *, seq: int, replica: str) -> inference_se
     """`seq` is the number of a Delta; other events have none."""
     match event:
         case Started():
-            return inference_service_pb2.GenerateResponse(
-                started=inference_service_pb2.EngineStarted(
-                    model_revision=event.model_revision,
-                    prompt_tokens=event.prompt_tokens,
-                    numerics_id=event.numerics_id,
-                    exact_replay=event.exact_replay,
-                    replica=replica,
-                    cached_prompt_tokens=event.cached_prompt_tokens,
-                )
-            )
+            return inference_service_pb2.GenerateResponse(started=_started(event, replica))
         case Delta():
-            return inference_service_pb2.GenerateResponse(
-                delta=generation_pb2.Delta(
-                    seq=seq,
-                    choice_index=event.choice,
-                    text=event.text,
-                    token_ids=event.token_ids,
-                    logprobs=[_logprob(entry) for entry in event.logprobs],
-                )
-            )
+            return inference_service_pb2.GenerateResponse(delta=_delta(event, seq))
         case Finished():
-            ends = [
-                generation_pb2.ChoiceEnd(index=index, finish_reason=_REASONS[reason])
-                for index, reason in enumerate(event.reasons)
-            ]
-            usage = usage_pb2.Usage(
-                prompt_tokens=event.usage.prompt_tokens,
-                completion_tokens=event.usage.completion_tokens,
-                cached_prompt_tokens=event.usage.cached_prompt_tokens,
-            )
-            return inference_service_pb2.GenerateResponse(
-                finished=generation_pb2.Finished(choices=ends, usage=usage)
-            )
+            return inference_service_pb2.GenerateResponse(finished=_finished(event))
+
+
+def whole_message(
+    whole: Whole, *, after_seq: int, replica: str
+) -> inference_service_pb2.GenerateWholeResponse:
+    """Raises EngineFault where the generation has no beginning or no end."""
+    if whole.started is None or whole.finished is None:
+        raise EngineFault("The engine ended the generation without saying how.")
+    return inference_service_pb2.GenerateWholeResponse(
+        started=_started(whole.started, replica),
+        deltas=[_delta(delta, after_seq + place) for place, delta in enumerate(whole.deltas(), 1)],
+        finished=_finished(whole.finished),
+        time_to_first_token_s=whole.time_to_first_token_s,
+    )
+
+
+def _started(event: Started, replica: str) -> inference_service_pb2.EngineStarted:
+    return inference_service_pb2.EngineStarted(
+        model_revision=event.model_revision,
+        prompt_tokens=event.prompt_tokens,
+        numerics_id=event.numerics_id,
+        exact_replay=event.exact_replay,
+        replica=replica,
+        cached_prompt_tokens=event.cached_prompt_tokens,
+    )
+
+
+def _delta(event: Delta, seq: int) -> generation_pb2.Delta:
+    return generation_pb2.Delta(
+        seq=seq,
+        choice_index=event.choice,
+        text=event.text,
+        token_ids=event.token_ids,
+        logprobs=[_logprob(entry) for entry in event.logprobs],
+    )
+
+
+def _finished(event: Finished) -> generation_pb2.Finished:
+    return generation_pb2.Finished(
+        choices=[
+            generation_pb2.ChoiceEnd(index=index, finish_reason=_REASONS[reason])
+            for index, reason in enumerate(event.reasons)
+        ],
+        usage=usage_pb2.Usage(
+            prompt_tokens=event.usage.prompt_tokens,
+            completion_tokens=event.usage.completion_tokens,
+            cached_prompt_tokens=event.usage.cached_prompt_tokens,
+        ),
+    )
 
 
 def model_message(model: ModelInfo) -> model_service_pb2.Model:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator
+from collections.abc import AsyncGenerator, AsyncIterator
 from contextlib import aclosing
 
 import grpc
@@ -14,7 +14,8 @@ from llmos.inference.v1 import (
 )
 
 from services.inference import request as requests
-from services.inference.engine.port import Delta, Engine
+from services.inference.engine.port import Delta, Engine, EngineEvent
+from services.inference.whole import Whole
 from services.mesh import context
 from services.mesh.clock import Clock
 
@@ -34,6 +35,32 @@ class InferenceServicer(inference_service_pb2_grpc.InferenceServiceServicer):
             inference_service_pb2.GenerateRequest, inference_service_pb2.GenerateResponse
         ],
     ) -> AsyncIterator[inference_service_pb2.GenerateResponse]:
+        seq = request.after_seq
+        # Whatever ends the call closes the generator, and so the work.
+        async with aclosing(self._generated(request)) as events:
+            async for event in events:
+                seq += isinstance(event, Delta)
+                yield requests.event_message(event, seq=seq, replica=self._replica)
+
+    async def GenerateWhole(
+        self,
+        request: inference_service_pb2.GenerateWholeRequest,
+        servicer_context: grpc.aio.ServicerContext[
+            inference_service_pb2.GenerateWholeRequest, inference_service_pb2.GenerateWholeResponse
+        ],
+    ) -> inference_service_pb2.GenerateWholeResponse:
+        arrived_s = self._clock.monotonic()
+        whole = Whole(request.request.spec.n or 1)
+        async with aclosing(self._generated(request.request)) as events:
+            async for event in events:
+                if isinstance(event, Delta) and not whole.time_to_first_token_s:
+                    whole.time_to_first_token_s = self._clock.monotonic() - arrived_s
+                whole.add(event)
+        return requests.whole_message(whole, after_seq=request.request.after_seq, replica=self._replica)
+
+    def _generated(
+        self, request: inference_service_pb2.GenerateRequest
+    ) -> AsyncGenerator[EngineEvent, None]:
         current = context.require_current()
         left_s = current.deadline_s - self._clock.monotonic()
         parsed = requests.parse_generate(
@@ -41,12 +68,7 @@ class InferenceServicer(inference_service_pb2_grpc.InferenceServiceServicer):
             tenant=current.identity.tenant_id,
             timeout_s=left_s if left_s < float("inf") else None,
         )
-        seq = request.after_seq
-        # Whatever ends the call closes the generator, and so the work.
-        async with aclosing(self._engine.generate(parsed)) as events:
-            async for event in events:
-                seq += isinstance(event, Delta)
-                yield requests.event_message(event, seq=seq, replica=self._replica)
+        return self._engine.generate(parsed)
 
     async def Tokenize(
         self,

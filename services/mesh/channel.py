@@ -39,7 +39,12 @@ _RETRY = {
 _SERVICE_CONFIG = {
     # Generation is moved to another replica by the gateway, never repeated blindly at the same one.
     "methodConfig": [
-        {"name": [{"service": "llmos.inference.v1.InferenceService", "method": "Generate"}]},
+        {
+            "name": [
+                {"service": "llmos.inference.v1.InferenceService", "method": "Generate"},
+                {"service": "llmos.inference.v1.InferenceService", "method": "GenerateWhole"},
+            ]
+        },
         {"name": [{}], "retryPolicy": _RETRY},
     ],
     "retryThrottling": {"maxTokens": 100, "tokenRatio": 0.1},

@@ -127,7 +127,9 @@ class FakeReplica:
         self.running = 0
         self.most_running = 0
 
-    async def generate(self, request_id: str, request: ValidGeneration) -> AsyncGenerator[EngineEvent, None]:
+    async def generate(
+        self, request_id: str, request: ValidGeneration, *, whole: bool = False
+    ) -> AsyncGenerator[EngineEvent, None]:
         script = self.scripts[min(len(self.requests), len(self.scripts) - 1)]
         self.requests.append(request)
         self.running += 1
