@@ -16,7 +16,6 @@ from contextlib import asynccontextmanager, contextmanager
 from typing import Any
 
 from services.gateway import app, auditing
-from services.gateway.admission import Admission
 from services.gateway.auditing import AuditTrail, RequestRecord
 from services.gateway.authorisation import Authorisation
 from services.gateway.generation import ValidGeneration
@@ -25,7 +24,6 @@ from services.gateway.telemetry import Instruments, Measured
 from services.mesh.app import run
 from services.mesh.context import Caller, Identity
 from services.mesh.interceptors import Call, Chain
-from services.mesh.spool import Spool
 from services.mesh.telemetry import NO_SPAN
 
 SCOPES = frozenset({"generate", "models.read"})
@@ -59,12 +57,31 @@ class EverythingIsAllowed(Authorisation):
         return True
 
 
-class NoLimit(Admission):
+class NoLimit(Nobody):
     """Instead of admission."""
 
-    @contextmanager
-    def permit(self, deadline_s: float) -> Iterator[None]:
-        yield
+    def permit(self, *args: Any, **facts: Any) -> NoPermit:
+        return NoPermit()
+
+    def capacity_changed(self) -> None: ...
+
+
+class NoPermit:
+    """What everybody gets."""
+
+    waited_s = 0.0
+
+    def __enter__(self) -> NoPermit:
+        return self
+
+    def __exit__(self, *ended: object) -> None: ...
+
+    async def __aenter__(self) -> NoPermit:
+        return self
+
+    async def __aexit__(self, *ended: object) -> None: ...
+
+    def first_token(self) -> None: ...
 
 
 class NotMeasured(Instruments):
@@ -156,8 +173,6 @@ def main() -> int:
     finally:
         profiler.dump_stats(profile)
 
-
-__all__ = ["ALL", "PARTS", "Spool", "leave_out"]
 
 if __name__ == "__main__":
     sys.exit(main())

@@ -14,10 +14,10 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import grpc
 import httpx
 import psutil
-from llmos.auth.v1 import token_service_pb2, token_service_pb2_grpc
+from llmos.auth.v1 import policy_pb2, token_service_pb2, token_service_pb2_grpc
+from llmos.gateway.v1 import policy_service_pb2
 
 from deploy.dev import readiness
 from deploy.dev.environment import ROOT
@@ -34,6 +34,33 @@ from tests.framework.ports import PortReservations
 
 START_TIMEOUT_S = 120.0
 TENANT = "bench"
+LIMITS = policy_pb2.Plan(
+    id="bench",
+    limits=[
+        policy_pb2.PlanLimit(
+            unit=policy_service_pb2.LIMIT_UNIT_REQUESTS_PER_MINUTE,
+            scope=policy_service_pb2.LIMIT_SCOPE_KEY,
+            limit=10**12,
+        ),
+        policy_pb2.PlanLimit(
+            unit=policy_service_pb2.LIMIT_UNIT_TOKENS_PER_MINUTE,
+            scope=policy_service_pb2.LIMIT_SCOPE_TENANT,
+            limit=10**12,
+        ),
+        policy_pb2.PlanLimit(
+            unit=policy_service_pb2.LIMIT_UNIT_CONCURRENT_REQUESTS,
+            scope=policy_service_pb2.LIMIT_SCOPE_CLIENT,
+            limit=10**6,
+        ),
+        policy_pb2.PlanLimit(
+            unit=policy_service_pb2.LIMIT_UNIT_BUDGET_TOKENS,
+            scope=policy_service_pb2.LIMIT_SCOPE_TENANT,
+            limit=10**15,
+            period=policy_pb2.BUDGET_PERIOD_DAY,
+        ),
+    ],
+)
+"""Limits of each kind, which are counted and never reached."""
 ENVIRONMENT = ROOT / ".tools" / "bench-gateway"
 """`make bench-gateway` makes it."""
 MASTER_KEY = "sk-bench-gateway"  # of a proxy that lives for minutes on loopback
@@ -151,7 +178,8 @@ class Platform:
         await self.mesh.start("auth", "logging", "inference", timeout_s=START_TIMEOUT_S)
         await self.pieces.start()
         self._identities = Identities(self.mesh)
-        await self._identities.tenant(TENANT)
+        await self._identities.plan(LIMITS)
+        await self._identities.tenant(TENANT, LIMITS.id)
         self._account = await self._identities.client(TENANT, "bench")
         _, self.key = await self._identities.api_key("bench")
 
@@ -390,6 +418,3 @@ async def listening(process: Process, address: str) -> None:
             return
         await asyncio.sleep(0.05)
     raise CannotMeasure(f"{process.name} does not start. Its last lines:\n{process.tail(15)}")
-
-
-__all__ = ["CannotMeasure", "Load", "Own", "OwnProcess", "Platform", "Subject", "Upstream", "grpc"]

@@ -27,7 +27,9 @@ from deploy.dev.ports import HOST
 from tests.bench.gateway_load import DIGITS, GENERATE, INFERENCE, MARK, MODEL, PIECES, STREAM_GENERATE
 
 _NUMBER = re.compile(rb"#\d{%d}" % DIGITS)
+MAX_RUNNING = 256
 LIST_MODELS = "/llmos.inference.v1.FleetService/ListModels"
+WATCH_LOAD = "/llmos.inference.v1.FleetService/WatchLoad"
 HEALTH = "/grpc.health.v1.Health/Check"
 HEAD = b"HTTP/1.1 200 OK\r\ncontent-type: %s\r\n"
 
@@ -186,6 +188,8 @@ class GrpcEcho(grpc.GenericRpcHandler):
             return grpc.unary_stream_rpc_method_handler(self._engine_stream)
         if details.method == LIST_MODELS:
             return grpc.unary_unary_rpc_method_handler(self._models)
+        if details.method == WATCH_LOAD:
+            return grpc.unary_stream_rpc_method_handler(self._load)
         if details.method == HEALTH:
             return grpc.unary_unary_rpc_method_handler(self._healthy)
         return None
@@ -214,6 +218,20 @@ class GrpcEcho(grpc.GenericRpcHandler):
             numerics_id="pieces-1",
         )
         return fleet_service_pb2.ListModelsResponse(models=[model]).SerializeToString()
+
+    async def _load(self, request: bytes, context: Any) -> AsyncIterator[bytes]:
+        """As often as asked, or once a second."""
+        asked = fleet_service_pb2.WatchLoadRequest.FromString(request)
+        load = fleet_service_pb2.WatchLoadResponse(
+            serving=True,
+            max_running=MAX_RUNNING,
+            max_waiting=MAX_RUNNING,
+            model=PIECES,
+            numerics_id="pieces-1",
+        )
+        while True:
+            yield load.SerializeToString()
+            await asyncio.sleep((asked.heartbeat_ms or 1000) / 1000)
 
     async def _healthy(self, request: bytes, context: Any) -> bytes:
         serving = health_pb2.HealthCheckResponse(status=health_pb2.HealthCheckResponse.SERVING)

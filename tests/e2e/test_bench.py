@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
-from tests.bench import report, rounds
+from pathlib import Path
+
+from tests.bench import gateway, gateway_subjects, report, rounds
 from tests.bench.aims import aims
+from tests.bench.gateway_figures import BARE
+from tests.bench.progress import Progress
 from tests.bench.rounds import Plan
 from tests.bench.through_gateway import Platform
 from tests.framework.mesh import MeshHarness
+from tests.framework.ports import PortReservations
 
 
 async def test_a_round_through_the_platform(mesh: MeshHarness) -> None:
@@ -31,3 +36,38 @@ async def test_a_round_through_the_platform(mesh: MeshHarness) -> None:
     made = aims(found, cached, "float32")
     assert [aim.line().split()[:2] for aim in made] == [["aim", "cached_prefix_ttft_512"]]
     assert report.table(found).row_count == 2
+
+
+async def test_a_round_of_gateways(mesh: MeshHarness, reservations: PortReservations, tmp_path: Path) -> None:
+    """Our own ones and the bare proxy; those of others are not installed for `make test`."""
+    platform = gateway_subjects.Platform(mesh, reservations, tmp_path)
+    await platform.start()
+    wanted = (*gateway.OURS, BARE, gateway.MEMORY)
+    size = gateway.Size(
+        rounds=1,
+        alone_s=0.1,
+        loaded_s=0.3,
+        warm_s=0.1,
+        words=4,
+        streamed_words=20,
+        memory_requests=30,
+        memory_later_s=0,
+    )
+    try:
+        found = await gateway.measure(wanted, size, tmp_path, platform, Progress())
+    finally:
+        await platform.stop()
+    assert list(found.rounds) == [*gateway.OURS, BARE]
+    for (each,) in found.rounds.values():
+        assert 0 < each.alone.p50_s <= each.alone.p99_s
+        assert each.alone_behind.p50_s > 0
+        assert min(each.at_16.requests_per_s, each.at_32.requests_per_s, each.streamed.tokens_per_s) > 0
+    assert 30e6 < found.memory["http"].idle <= found.memory["http"].loaded * 1.1
+    assert [aim.name for aim in found.aims()] == [
+        "grpc_off_vs_bare",
+        "grpc_off_vs_bare_per_cpu_s",
+        "grpc_all_vs_bare",
+        "grpc_all_vs_bare_per_cpu_s",
+        "memory_mb",
+        "memory_back_to_idle",
+    ]

@@ -11,6 +11,7 @@ from typing import Any
 from llmos.auth.v1 import (
     admin_service_pb2,
     admin_service_pb2_grpc,
+    policy_pb2,
     resource_pb2,
     token_service_pb2,
     token_service_pb2_grpc,
@@ -42,8 +43,11 @@ class Identities:
         self._tokens = token_service_pb2_grpc.TokenServiceStub(channel)
         self._admin = admin_service_pb2_grpc.AdminServiceStub(channel)
 
-    async def tenant(self, tenant_id: str) -> None:
-        tenant = resource_pb2.Tenant(id=tenant_id, plan_id="free")
+    async def plan(self, plan: policy_pb2.Plan) -> None:
+        await self._create(resource_pb2.Resource(plan=plan))
+
+    async def tenant(self, tenant_id: str, plan_id: str = "free") -> None:
+        tenant = resource_pb2.Tenant(id=tenant_id, plan_id=plan_id)
         await self._create(resource_pb2.Resource(tenant=tenant))
 
     async def client(self, tenant_id: str, client_id: str, scopes: Sequence[str] = SCOPES) -> Account:
