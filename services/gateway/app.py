@@ -25,6 +25,10 @@ from services.gateway.admission import Admission
 from services.gateway.auditing import AuditTrail
 from services.gateway.authentication import GatewayAuthenticator, OpenMethodGuard
 from services.gateway.authorisation import Authorisation
+from services.gateway.cache.answers import AnswerCache
+from services.gateway.cache.memory import MemoryCache
+from services.gateway.cache.ports import ResponseCache
+from services.gateway.cache.redis_cache import RedisCache
 from services.gateway.clients import GrpcAuditLog, GrpcAuth, GrpcInference
 from services.gateway.completion import Completions
 from services.gateway.cutting import RunningCredentials
@@ -37,7 +41,7 @@ from services.gateway.oauth.http import OAuthRoutes
 from services.gateway.oauth.outcomes import Outcomes
 from services.gateway.oauth.servicer import TokenServicer
 from services.gateway.policy_view import PolicyView
-from services.gateway.redis import connect
+from services.gateway.redis import Redis, connect
 from services.gateway.request import RequestParser
 from services.gateway.routing import Replica, Router
 from services.gateway.servicer import (
@@ -48,7 +52,7 @@ from services.gateway.servicer import (
     pending,
 )
 from services.gateway.settings import GatewaySettings
-from services.gateway.telemetry import Instruments
+from services.gateway.telemetry import Instruments, observe_cache
 from services.mesh.actions import OPEN_METHODS
 from services.mesh.app import App, Closing
 from services.mesh.auth_client import GrpcJwks, own_tokens
@@ -197,8 +201,11 @@ async def build(settings: GatewaySettings, clock: Clock) -> App:
         probe_interval_s=settings.probe_interval_s,
     )
     models = Models(router, authorisation)
+    cache = answer_cache(settings, redis, router, clock)
+    observe_cache(cache)
     completions = Completions(
         authorisation=authorisation,
+        cache=cache,
         admission=Admission(settings.max_concurrent_generations, clock),
         router=router,
         clock=clock,
@@ -311,6 +318,18 @@ async def build(settings: GatewaySettings, clock: Clock) -> App:
         ),
         edges=(http,),
     )
+
+
+def answer_cache(settings: GatewaySettings, redis: Redis | None, router: Router, clock: Clock) -> AnswerCache:
+    """In Redis where there is one, else in memory, unless it is switched off."""
+    kept: ResponseCache | None = None
+    max_bytes, max_entry_bytes = settings.cache_max_bytes, settings.cache_max_entry_bytes
+    ttl_s = settings.cache_ttl_s
+    if max_bytes and redis is not None:
+        kept = RedisCache(redis, max_entry_bytes=max_entry_bytes, ttl_s=ttl_s)
+    elif max_bytes:
+        kept = MemoryCache(clock, max_bytes=max_bytes, max_entry_bytes=max_entry_bytes, ttl_s=ttl_s)
+    return AnswerCache(kept, router, clock, max_flight_bytes=max_bytes)
 
 
 async def add_pending(server: GrpcServer) -> None:

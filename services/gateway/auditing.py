@@ -84,6 +84,10 @@ class RequestRecord:
         self.time_to_first_token_s: float | None = None
         self.replica = ""
         self.model_revision = ""
+        self.numerics_id = ""
+        self.served_from_cache = False
+        self.cache_control = ""
+        """What the caller said to the response cache."""
         self.is_committed = False
         self.is_complete = False
         self._context = context
@@ -97,6 +101,10 @@ class RequestRecord:
         if self._intent is not None:
             raise Internal("a request began twice")
         self._intent = asyncio.create_task(self._audit.append_started(RequestStarted(self.facts())))
+
+    @property
+    def has_begun(self) -> bool:
+        return self._intent is not None
 
     async def committed(self) -> None:
         """Returns when the intent is on disk. Raises AuditUnavailable."""
@@ -142,6 +150,7 @@ class RequestRecord:
                 time_to_first_token_s=self.time_to_first_token_s,
                 replica=self.replica,
                 model_revision=self.model_revision,
+                served_from_cache=self.served_from_cache,
             )
         )
 
@@ -190,7 +199,9 @@ class AuditTrail:
         if call.context.method in OPEN_METHODS:
             yield
             return
-        async with self.around(call.context, _EDGES[call.protocol]):
+        async with self.around(call.context, _EDGES[call.protocol]) as record:
+            if said := call.metadata.get("cache-control"):
+                record.cache_control = str(said)
             yield
 
     @asynccontextmanager

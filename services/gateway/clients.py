@@ -188,7 +188,9 @@ def _fill_prompt(message: generation_pb2.Prompt, prompt: Prompt) -> None:
 def _started(
     message: inference_service_pb2.EngineStarted, first_token_s: float | None = None
 ) -> EngineStarted:
-    return EngineStarted(message.model_revision, message.prompt_tokens, message.replica, first_token_s)
+    return EngineStarted(
+        message.model_revision, message.prompt_tokens, message.replica, first_token_s, message.numerics_id
+    )
 
 
 def _delta(message: generation_pb2.Delta) -> Delta:

@@ -1,30 +1,29 @@
 """The use case: one straight line with named phases, the same for both edges and for jobs.
 
-authorise -> admit -> intent -> route -> stream -> settle. The outcome is written by the audit link around
-the whole call (`auditing`), which no path can leave without passing. The intent is written while the
-replica already prefills, and is on disk before the caller sees the first byte.
+authorise -> response cache -> admit -> intent -> route -> stream -> settle. The outcome is written by the
+audit link around the whole call (`auditing`), which no path can leave without passing. The intent is written
+while the replica already prefills, and is on disk before the caller sees the first byte.
 """
 
 from __future__ import annotations
 
 from collections.abc import AsyncGenerator
 from contextlib import aclosing
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 from services.gateway.admission import Admission
 from services.gateway.auditing import RequestRecord
 from services.gateway.authorisation import Authorisation
+from services.gateway.cache.answers import AnswerCache
+from services.gateway.folding import Fold
 from services.gateway.generation import (
-    Choice,
     Delta,
     EngineStarted,
     Event,
     Finished,
     Generation,
-    Moved,
     Started,
     TokenCount,
-    TokenLogprob,
     Usage,
     ValidGeneration,
     ValidPrompt,
@@ -65,6 +64,7 @@ class Completions:
         self,
         *,
         authorisation: Authorisation,
+        cache: AnswerCache,
         admission: Admission,
         router: Router,
         clock: Clock,
@@ -74,6 +74,7 @@ class Completions:
         """`max_tokens_limit` is what a request asks for that names no number, for each choice."""
         self._authorisation = authorisation
         self._max_tokens_limit = max_tokens_limit
+        self._cache = cache
         self._admission = admission
         self._router = router
         self._clock = clock
@@ -98,12 +99,24 @@ class Completions:
             max_tokens=request.n * (request.max_tokens or self._max_tokens_limit),
             labels=request.labels,
         )
+        events = self._generated(record, request, whole)
+        if not self._cache.passes(record, request):
+            events = self._cache.stream(record, request, events, whole=whole)
+        async with aclosing(events):
+            async for event in events:
+                yield event
+
+    async def _generated(
+        self, record: RequestRecord, request: ValidGeneration, whole: bool
+    ) -> AsyncGenerator[Event, None]:
+        """The answer of an engine."""
         progress = _Progress(whole)
         with (
             self._admission.permit(record.deadline_s),
             self._instruments.generation(request, record) as measured,
         ):
-            record.begin()
+            if not record.has_begun:
+                record.begin()
             try:
                 async with aclosing(self._routed(record, request, progress)) as events:
                     async for event in events:
@@ -114,7 +127,7 @@ class Completions:
 
     async def generate(self, record: RequestRecord, request: ValidGeneration) -> Generation:
         """The whole answer. Raises as `stream` does."""
-        folded = _Fold(request.n)
+        folded = Fold(request.n)
         async with aclosing(self.stream(record, request, whole=True)) as events:
             async for event in events:
                 folded.add(event)
@@ -225,51 +238,4 @@ class Completions:
         record.time_to_first_token_s = progress.first_token_s
         record.replica = progress.engine.replica if progress.engine else progress.replica
         record.model_revision = progress.engine.model_revision if progress.engine else ""
-
-
-@dataclass(slots=True)
-class _Fold:
-    """Puts a stream's events together into the whole answer. Bounded by max_tokens."""
-
-    n: int
-    started: Started | None = None
-    finished: Finished | None = None
-    texts: list[list[str]] = field(init=False)
-    token_ids: list[list[int]] = field(init=False)
-    logprobs: list[list[TokenLogprob]] = field(init=False)
-
-    def __post_init__(self) -> None:
-        self.texts = [[] for _ in range(self.n)]
-        self.token_ids = [[] for _ in range(self.n)]
-        self.logprobs = [[] for _ in range(self.n)]
-
-    def add(self, event: Event) -> None:
-        match event:
-            case Delta():
-                self.texts[event.choice_index].append(event.text)
-                self.token_ids[event.choice_index].extend(event.token_ids)
-                self.logprobs[event.choice_index].extend(event.logprobs)
-            case Started():
-                self.started = event
-            case Finished():
-                self.finished = event
-            case Moved():
-                pass
-
-    def result(self) -> Generation:
-        if self.started is None or self.finished is None:
-            raise Internal("a stream ended without Finished")
-        return Generation(
-            started=self.started,
-            choices=tuple(
-                Choice(
-                    index=index,
-                    text="".join(self.texts[index]),
-                    token_ids=tuple(self.token_ids[index]),
-                    finish_reason=reason,
-                    logprobs=tuple(self.logprobs[index]),
-                )
-                for index, reason in enumerate(self.finished.finish_reasons)
-            ),
-            usage=self.finished.usage,
-        )
+        record.numerics_id = progress.engine.numerics_id if progress.engine else ""

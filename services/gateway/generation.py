@@ -74,6 +74,8 @@ class Sampling:
 
     seed: int
     """The seed in force: the caller's, or the one that was assigned. Unsigned, 64 bits."""
+    seed_is_assigned: bool = False
+    """By the gateway, since the caller gave none."""
     temperature: float | None = None
     top_p: float | None = None
     top_k: int | None = None
@@ -129,6 +131,8 @@ class EngineStarted:
     replica: str
     first_token_s: float | None = None
     """Where the answer comes in one piece: what the replica took to its first token."""
+    numerics_id: str = ""
+    """What it computes with."""
 
 
 @dataclass(frozen=True, slots=True)

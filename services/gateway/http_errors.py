@@ -55,6 +55,8 @@ def status(error: LlmosError) -> int:
     """The HTTP status."""
     if isinstance(error, errors.MessageTooLarge):
         return 413
+    if isinstance(error, errors.NotCached):
+        return 504  # RFC 9111, 5.2.1.7
     if isinstance(error, errors.NotImplementedYet) and _field(error):
         # A parameter, not a route: the caller can leave it out.
         return 400

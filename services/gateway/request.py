@@ -78,6 +78,7 @@ class RequestParser:
 
         return Sampling(
             seed=given.seed if given.HasField("seed") else self._assign_seed(),
+            seed_is_assigned=not given.HasField("seed"),
             temperature=optional("temperature"),
             top_p=optional("top_p"),
             top_k=given.top_k if given.HasField("top_k") else None,

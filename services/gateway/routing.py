@@ -109,6 +109,16 @@ class Router:
                 return model
         raise ModelNotFound(f"There is no model `{name}`.")
 
+    def computes(self, model: str, revision: str, numerics_id: str) -> bool:
+        """Whether a replica that serves names this revision of the model and these numerics; where none
+        serves, one that did. Numerics that a replica has not named are any."""
+        named = [replica for replica in self._replicas if model in replica.models]
+        serving = [replica for replica in named if replica.healthy]
+        return any(
+            found.revision == revision and (not found.numerics_id or found.numerics_id == numerics_id)
+            for found in (replica.models[model] for replica in serving or named)
+        )
+
     def lost(self, replica: Replica) -> None:
         """Takes a replica out until it says that it serves."""
         if replica.healthy:

@@ -69,6 +69,14 @@ class GatewaySettings(KafkaSettings):
     redis_timeout_s: float = Field(default=0.1, gt=0, le=1)
     """A call to Redis that takes longer counts as its loss, and the gateway goes on without it."""
 
+    cache_max_bytes: int = Field(default=64 * MIB, ge=0)
+    """Memory for answers that can only come out the same again; with `redis_url` they are kept there, and
+    this bounds only those on their way. 0: no cache."""
+    cache_max_entry_bytes: int = Field(default=256 * 1024, ge=1024, le=16 * MIB)
+    """A longer answer is not kept."""
+    cache_ttl_s: PositiveSeconds = 3600
+    """How long an answer is kept."""
+
     public_url: str = ""
     """Where clients find the HTTP edge, such as `https://api.example`; empty: at `issuer`. The metadata of
     OAuth2 (RFC 8414) names the endpoints below it."""

@@ -6,13 +6,15 @@ No attribute holds text of a caller's.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 
 from opentelemetry import metrics, trace
+from opentelemetry.metrics import CallbackOptions, Observation
 from opentelemetry.trace import Span, SpanKind, StatusCode
 
 from services.gateway.auditing import RequestRecord
+from services.gateway.cache.answers import AnswerCache
 from services.gateway.generation import EngineStarted, Finished, FinishReason, Usage, ValidGeneration
 from services.mesh.clock import Clock
 from services.mesh.errors import LlmosError
@@ -166,6 +168,33 @@ class Instruments:
             if usage.completion_tokens > 1:
                 rest_s = max(duration_s - first_token_s, 0.0)
                 self._per_token.record(rest_s / (usage.completion_tokens - 1), labels)
+
+
+def observe_cache(cache: AnswerCache, *, meters: metrics.MeterProvider | None = None) -> None:
+    """The response cache's metrics. They are read when asked for: a request only counts."""
+
+    def requests(options: CallbackOptions) -> Iterable[Observation]:
+        counts = cache.counts
+        yield Observation(counts.hits, {"llmos.cache.result": "hit"})
+        yield Observation(counts.misses, {"llmos.cache.result": "miss"})
+        yield Observation(counts.bypasses, {"llmos.cache.result": "bypass"})
+
+    def held(options: CallbackOptions) -> Iterable[Observation]:
+        yield Observation(cache.held_bytes)
+
+    meter = metrics.get_meter("llmos.gateway", meter_provider=meters)
+    meter.create_observable_counter(
+        "llmos.cache.requests",
+        [requests],
+        unit="{request}",
+        description="Generations, by what they had of the response cache.",
+    )
+    meter.create_observable_gauge(
+        "llmos.cache.size",
+        [held],
+        unit="By",
+        description="What the response cache holds in this process's memory.",
+    )
 
 
 def _details(request: ValidGeneration) -> dict[str, str | int | float | list[str]]:

@@ -58,9 +58,7 @@ class InferenceServicer(inference_service_pb2_grpc.InferenceServiceServicer):
                 whole.add(event)
         return requests.whole_message(whole, after_seq=request.request.after_seq, replica=self._replica)
 
-    def _generated(
-        self, request: inference_service_pb2.GenerateRequest
-    ) -> AsyncGenerator[EngineEvent, None]:
+    def _generated(self, request: inference_service_pb2.GenerateRequest) -> AsyncGenerator[EngineEvent, None]:
         current = context.require_current()
         left_s = current.deadline_s - self._clock.monotonic()
         parsed = requests.parse_generate(

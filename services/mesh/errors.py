@@ -7,7 +7,7 @@ LlmosError
 ├── NOT_FOUND            ModelNotFound NotFound StreamNotFound
 ├── ALREADY_EXISTS       AlreadyExists
 ├── UNIMPLEMENTED        NotImplementedYet
-├── FAILED_PRECONDITION  StateConflict IdempotencyMismatch
+├── FAILED_PRECONDITION  StateConflict IdempotencyMismatch NotCached
 ├── RESOURCE_EXHAUSTED   MessageTooLarge ConcurrencyLimit RateLimit BudgetExhausted Overloaded
 ├── ABORTED              Conflict IdempotencyRunning StreamLost ReaderStalled
 ├── UNAVAILABLE          NoReplica ReplicaLost Draining DependencyUnavailable AuditUnavailable
@@ -218,6 +218,12 @@ class IdempotencyMismatch(LlmosError):
     status = Status.FAILED_PRECONDITION
     reason = "IDEMPOTENCY_MISMATCH"
     default_hint = "The key belongs to another request; use a new one."
+
+
+class NotCached(LlmosError):
+    status = Status.FAILED_PRECONDITION
+    reason = "NOT_CACHED"
+    default_hint = "Ask again without `only-if-cached`."
 
 
 class StreamNotFound(LlmosError):

@@ -123,6 +123,7 @@ class EventEncoder:
             ended.time_to_first_token.nanos = int(part_s * 1e9)
         ended.replica = event.replica
         ended.model_revision = event.model_revision
+        ended.served_from_cache = event.served_from_cache
         return envelope.SerializeToString()
 
     def aborted(self, started_body: bytes, now: datetime) -> bytes:

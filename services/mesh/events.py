@@ -90,6 +90,8 @@ class RequestEnded:
     time_to_first_token_s: float | None = None
     replica: str = ""
     model_revision: str = ""
+    served_from_cache: bool = False
+    """The answer had been computed for an equal request; `usage` is of what was computed for this one."""
 
 
 @dataclass(frozen=True, slots=True)

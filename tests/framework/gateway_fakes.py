@@ -11,6 +11,8 @@ from datetime import UTC, datetime, timedelta
 from services.gateway.admission import Admission
 from services.gateway.auditing import AuditTrail, RequestRecord
 from services.gateway.authorisation import Authorisation
+from services.gateway.cache.answers import AnswerCache
+from services.gateway.cache.ports import ResponseCache
 from services.gateway.completion import Completions
 from services.gateway.cutting import RunningCredentials
 from services.gateway.generation import (
@@ -267,6 +269,9 @@ class Bench:
     extra_link: Link | None = None
     """Stands in the chain after `audit`."""
     policy: FixedPolicy = field(default_factory=lambda: fixed_policy())
+    kept: ResponseCache | None = None
+    """The response cache's store; None: there is no cache."""
+    max_flight_bytes: int = 1024 * 1024
 
     def __post_init__(self) -> None:
         self.router = Router(
@@ -278,8 +283,10 @@ class Bench:
         self.admission = Admission(self.max_concurrent, self.clock)
         self.authorisation = Authorisation(self.policy, self.clock)
         self.models = Models(self.router, self.authorisation)
+        self.cache = AnswerCache(self.kept, self.router, self.clock, max_flight_bytes=self.max_flight_bytes)
         self.completions = Completions(
             authorisation=self.authorisation,
+            cache=self.cache,
             admission=self.admission,
             router=self.router,
             clock=self.clock,

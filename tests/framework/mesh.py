@@ -36,6 +36,8 @@ DEFAULTS = {
     # All tests come from one address, and many send wrong credentials on purpose; test_brute_force is strict.
     "LLMOS_GATEWAY_FREE_FAILURES": "1000000",
     "LLMOS_AUTH_FREE_FAILURES": "1000000",
+    # Each request reaches an engine, however often it is asked; test_response_cache is about the others.
+    "LLMOS_GATEWAY_CACHE_MAX_BYTES": "0",
 }
 
 

@@ -89,6 +89,8 @@ class AuditRecord:
     model: str
     trace_id: str
     usage: Usage
+    """Of what was computed for the request: nothing where it was served from the cache."""
+    served_from_cache: bool
     finish_reasons: tuple[FinishReason, ...]
     receive_time: datetime | None
     end_time: datetime | None
@@ -120,6 +122,7 @@ class AuditRecord:
             model=facts.model,
             trace_id=facts.trace_id,
             usage=Usage.from_proto(ended.usage),
+            served_from_cache=ended.served_from_cache,
             finish_reasons=tuple(FinishReason.from_proto(value) for value in ended.finish_reasons),
             receive_time=to_datetime(facts.receive_time) if facts.HasField("receive_time") else None,
             end_time=to_datetime(ended.end_time) if ended.HasField("end_time") else None,

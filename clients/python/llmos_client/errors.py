@@ -7,6 +7,7 @@ LlmosError
 ├── InvalidRequest          REQUEST_INVALID CONTEXT_LENGTH_EXCEEDED MESSAGE_TOO_LARGE
 ├── NotFound                MODEL_NOT_FOUND NOT_FOUND STREAM_NOT_FOUND
 ├── Conflict                ALREADY_EXISTS STATE_CONFLICT CONFLICT IDEMPOTENCY_RUNNING IDEMPOTENCY_MISMATCH
+│                           NOT_CACHED
 ├── RateLimited             CONCURRENCY_LIMIT RATE_LIMIT BUDGET_EXHAUSTED OVERLOADED
 ├── Unavailable             NO_REPLICA REPLICA_LOST DRAINING DEPENDENCY_UNAVAILABLE AUDIT_UNAVAILABLE
 ├── DeadlineExceeded        DEADLINE_EXCEEDED
@@ -196,6 +197,7 @@ _BY_REASON: dict[str, type[LlmosError]] = {
     "CONFLICT": Conflict,
     "IDEMPOTENCY_RUNNING": Conflict,
     "IDEMPOTENCY_MISMATCH": Conflict,
+    "NOT_CACHED": Conflict,
     "CONCURRENCY_LIMIT": RateLimited,
     "RATE_LIMIT": RateLimited,
     "BUDGET_EXHAUSTED": RateLimited,

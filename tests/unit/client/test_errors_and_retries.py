@@ -39,6 +39,7 @@ CODES = {
     "OVERLOADED": ("RESOURCE_EXHAUSTED", sdk.RateLimited),
     "IDEMPOTENCY_RUNNING": ("ABORTED", sdk.Conflict),
     "IDEMPOTENCY_MISMATCH": ("FAILED_PRECONDITION", sdk.Conflict),
+    "NOT_CACHED": ("FAILED_PRECONDITION", sdk.Conflict),
     "STREAM_LOST": ("ABORTED", sdk.StreamError),
     "NO_REPLICA": ("UNAVAILABLE", sdk.Unavailable),
     "REPLICA_LOST": ("UNAVAILABLE", sdk.Unavailable),

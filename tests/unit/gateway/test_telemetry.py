@@ -33,6 +33,7 @@ class Observed:
         meters = MeterProvider(metric_readers=[self.reader])
         self.bench.completions = Completions(
             authorisation=self.bench.authorisation,
+            cache=self.bench.cache,
             admission=self.bench.admission,
             router=self.bench.router,
             clock=self.bench.clock,

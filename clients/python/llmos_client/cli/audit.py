@@ -144,7 +144,9 @@ def _cells(record: AuditRecord) -> tuple[str, ...]:
         f"{outcome} ({record.error_reason})" if record.error_reason else outcome,
         record.method.rpartition("/")[2] or "-",
         record.model or "-",
-        f"{record.usage.prompt_tokens}+{record.usage.completion_tokens}",
+        "cached"
+        if record.served_from_cache
+        else f"{record.usage.prompt_tokens}+{record.usage.completion_tokens}",
         f"{duration_s:.3f}" if duration_s is not None else "-",
         f"{record.tenant_id}/{record.client_id}",
         record.request_id,
