@@ -21,18 +21,10 @@ from tests.bench import report
 from tests.bench.figures import Aim
 from tests.bench.gateway_figures import Memory, Round, Streamed, Unary
 from tests.bench.gateway_load import MODEL, Job, Target, prompt
+from tests.bench.gateway_others import Bare, LiteLlm, Smg
 from tests.bench.gateway_pieces import ALL
-from tests.bench.gateway_subjects import (
-    Bare,
-    LiteLlm,
-    Load,
-    Own,
-    OwnProcess,
-    Platform,
-    Smg,
-    Subject,
-    Upstream,
-)
+from tests.bench.gateway_processes import Load, Subject, Upstream
+from tests.bench.gateway_subjects import Own, OwnProcess, Platform
 from tests.bench.progress import Progress
 from tests.bench.subject import cpu_s
 from tests.bench.work import CannotMeasure

@@ -3,7 +3,7 @@
 All HTTP subjects are asked by the same few lines over kept connections, all gRPC subjects through one channel
 of grpc.aio with messages that are not parsed. A job is a closed loop: each of `streams` clients sends its
 next request when it has the answer to the last one, so latencies count from the send, and what a subject
-cannot take shows as fewer requests. `gateway_subjects.Load` is the other end.
+cannot take shows as fewer requests. `gateway_processes.Load` is the other end.
 """
 
 from __future__ import annotations
@@ -32,6 +32,7 @@ TIMEOUT_S = 60.0
 GENERATE = "/llmos.gateway.v1.GenerationService/Generate"
 STREAM_GENERATE = "/llmos.gateway.v1.GenerationService/StreamGenerate"
 INFERENCE = "/llmos.inference.v1.InferenceService/Generate"
+GENERATE_WHOLE = "/llmos.inference.v1.InferenceService/GenerateWhole"
 CHANNEL_OPTIONS = (("grpc.enable_http_proxy", 0), ("grpc.use_local_subchannel_pool", 1))
 
 
@@ -217,7 +218,7 @@ class HttpClient:
 
 
 class GrpcClient:
-    """GenerationService of the gateway, or InferenceService behind it, which streams always."""
+    """GenerationService of the gateway; of InferenceService behind it what answers in one piece."""
 
     def __init__(self, job: Job, channel: grpc.aio.Channel) -> None:
         spec = generation_pb2.GenerationSpec(
@@ -241,23 +242,22 @@ class GrpcClient:
         )
         self._streamed = job.streamed
         self._call: Any
-        self._response: Any
+        self._read: Callable[[bytes], str]
         if job.target.protocol == "inference":
-            asked: Any = inference_service_pb2.GenerateRequest(
+            inner = inference_service_pb2.GenerateRequest(
                 request_id="bench", spec=spec, priority=inference_service_pb2.PRIORITY_INTERACTIVE
             )
-            self._call, self._response = (
-                channel.unary_stream(INFERENCE),
-                inference_service_pb2.GenerateResponse,
-            )
+            asked: Any = inference_service_pb2.GenerateWholeRequest(request=inner)
+            self._call = channel.unary_unary(GENERATE_WHOLE)
+            self._read = _whole_text
         elif job.streamed:
             asked = generation_service_pb2.StreamGenerateRequest(spec=spec)
             self._call = channel.unary_stream(STREAM_GENERATE)
-            self._response = generation_service_pb2.StreamGenerateResponse
+            self._read = _delta_text
         else:
             asked = generation_service_pb2.GenerateRequest(spec=spec)
             self._call = channel.unary_unary(GENERATE)
-            self._response = generation_service_pb2.GenerateResponse
+            self._read = _choice_text
         self._many = isinstance(self._call, grpc.aio.UnaryStreamMultiCallable)
         self._request = asked.SerializeToString()
 
@@ -274,12 +274,25 @@ class GrpcClient:
     async def text(self) -> str:
         call = self._call(numbered(self._request, next(_numbers)), metadata=self._metadata, timeout=TIMEOUT_S)
         if not self._many:
-            said: str = self._response.FromString(await call).choices[0].text
-            return said
-        return "".join([self._response.FromString(each).delta.text async for each in call])
+            return self._read(await call)
+        return "".join([self._read(each) async for each in call])
 
     async def close(self) -> None:
         """The channel is the job's."""
+
+
+def _choice_text(answer: bytes) -> str:
+    return generation_service_pb2.GenerateResponse.FromString(answer).choices[0].text
+
+
+def _delta_text(answer: bytes) -> str:
+    return generation_service_pb2.StreamGenerateResponse.FromString(answer).delta.text
+
+
+def _whole_text(answer: bytes) -> str:
+    return "".join(
+        each.text for each in inference_service_pb2.GenerateWholeResponse.FromString(answer).deltas
+    )
 
 
 async def clients(job: Job, stack: list[Callable[[], Awaitable[object]]]) -> list[Client]:
