@@ -21,7 +21,7 @@ from llmos.logging.v1 import audit_service_pb2_grpc
 
 from services.gateway.administration.clients import GrpcAdministration
 from services.gateway.administration.servicer import AdminServicer
-from services.gateway.admission import Admission
+from services.gateway.admission.permits import Admission, AdmissionLimits
 from services.gateway.auditing import AuditTrail
 from services.gateway.authentication import GatewayAuthenticator, OpenMethodGuard
 from services.gateway.authorisation import Authorisation
@@ -52,7 +52,7 @@ from services.gateway.servicer import (
     pending,
 )
 from services.gateway.settings import GatewaySettings
-from services.gateway.telemetry import Instruments, observe_cache
+from services.gateway.telemetry import AdmissionInstruments, Instruments, observe_cache
 from services.mesh.actions import OPEN_METHODS
 from services.mesh.app import App, Closing
 from services.mesh.auth_client import GrpcJwks, own_tokens
@@ -199,14 +199,30 @@ async def build(settings: GatewaySettings, clock: Clock) -> App:
         ],
         clock,
         probe_interval_s=settings.probe_interval_s,
+        max_running=settings.max_concurrent_per_replica,
     )
+    admission = Admission(
+        AdmissionLimits(
+            max_generations=settings.max_concurrent_generations,
+            max_queued=settings.max_queued,
+            max_queued_per_tenant=settings.max_queued_per_tenant,
+            max_queue_wait_s=settings.max_queue_wait_s,
+            tenant_share=settings.tenant_share,
+            key_share=settings.key_share,
+            batch_ageing_s=settings.batch_ageing_s,
+        ),
+        router.capacity,
+        clock,
+        AdmissionInstruments(),
+    )
+    router.on_change = admission.capacity_changed
     models = Models(router, authorisation)
     cache = answer_cache(settings, redis, router, clock)
     observe_cache(cache)
     completions = Completions(
         authorisation=authorisation,
         cache=cache,
-        admission=Admission(settings.max_concurrent_generations, clock),
+        admission=admission,
         router=router,
         clock=clock,
         instruments=Instruments(clock),

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import AsyncGenerator, Iterator
 from contextlib import contextmanager
 from datetime import UTC
+from enum import IntEnum
 from typing import Any
 
 import grpc
@@ -71,7 +72,7 @@ class GrpcInference:
         self, request_id: str, request: ValidGeneration, *, whole: bool = False
     ) -> AsyncGenerator[EngineEvent, None]:
         message = inference_service_pb2.GenerateRequest(
-            request_id=request_id, priority=inference_service_pb2.PRIORITY_INTERACTIVE
+            request_id=request_id, priority=_same(request.priority)
         )
         _fill_spec(message.spec, request)
         if whole:
@@ -111,6 +112,16 @@ class GrpcInference:
                 fleet_service_pb2.ListModelsRequest(), timeout=self._probe_timeout_s
             )
         return tuple(_model(each) for each in found.models)
+
+    async def max_running(self) -> int:
+        call = self._fleet.WatchLoad(fleet_service_pb2.WatchLoadRequest(), timeout=self._probe_timeout_s)
+        try:
+            with _lost():
+                async for load in call:
+                    return max(int(load.max_running), 1)
+            raise ReplicaLost("The replica did not say how much it takes.")
+        finally:
+            call.cancel()
 
     async def is_healthy(self) -> bool:
         # Health is open to everyone: asked without a token, it tells of the replica alone.
@@ -201,6 +212,11 @@ def _delta(message: generation_pb2.Delta) -> Delta:
         message.token_ids,
         [_logprob(entry) for entry in message.logprobs] if message.logprobs else (),
     )
+
+
+def _same(number: IntEnum) -> Any:
+    """Our enums have the numbers of the protos, which a test keeps so."""
+    return number.value
 
 
 def _finished(message: generation_pb2.Finished) -> Finished:

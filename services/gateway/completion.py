@@ -11,7 +11,8 @@ from collections.abc import AsyncGenerator
 from contextlib import aclosing
 from dataclasses import dataclass
 
-from services.gateway.admission import Admission
+from services.gateway.admission.claim import Claim
+from services.gateway.admission.permits import Admission, Permit
 from services.gateway.auditing import RequestRecord
 from services.gateway.authorisation import Authorisation
 from services.gateway.cache.answers import AnswerCache
@@ -41,6 +42,7 @@ MAX_ATTEMPTS = 2
 class _Progress:
     """What has been seen of an answer so far."""
 
+    permit: Permit
     whole: bool = False
     engine: EngineStarted | None = None
     replica: str = ""
@@ -110,20 +112,21 @@ class Completions:
         self, record: RequestRecord, request: ValidGeneration, whole: bool
     ) -> AsyncGenerator[Event, None]:
         """The answer of an engine."""
-        progress = _Progress(whole)
-        with (
-            self._admission.permit(record.deadline_s),
-            self._instruments.generation(request, record) as measured,
-        ):
-            if not record.has_begun:
-                record.begin()
-            try:
-                async with aclosing(self._routed(record, request, progress)) as events:
-                    async for event in events:
-                        yield event
-            finally:
-                self._settle(record, progress)
-                measured.settle(progress.usage(), progress.finished, progress.engine, progress.first_token_s)
+        with self._instruments.generation(request, record) as measured:
+            async with self._admission.permit(self._claim(record, request)) as permit:
+                measured.waited(permit.waited_s)
+                progress = _Progress(permit, whole)
+                if not record.has_begun:
+                    record.begin()
+                try:
+                    async with aclosing(self._routed(record, request, progress)) as events:
+                        async for event in events:
+                            yield event
+                finally:
+                    self._settle(record, progress)
+                    measured.settle(
+                        progress.usage(), progress.finished, progress.engine, progress.first_token_s
+                    )
 
     async def generate(self, record: RequestRecord, request: ValidGeneration) -> Generation:
         """The whole answer. Raises as `stream` does."""
@@ -159,6 +162,19 @@ class Completions:
             else:
                 await record.committed()
                 return count
+
+    def _claim(self, record: RequestRecord, request: ValidGeneration) -> Claim:
+        identity = record.identity
+        return Claim(
+            model=request.model,
+            tenant_id=identity.tenant_id,
+            key=identity.key_id or identity.client_id,
+            tokens=request.prompt.estimated_tokens
+            + request.n * (request.max_tokens or self._max_tokens_limit),
+            sequences=request.n,
+            deadline_s=record.deadline_s,
+            priority=request.priority,
+        )
 
     async def _routed(
         self, record: RequestRecord, request: ValidGeneration, progress: _Progress
@@ -204,6 +220,7 @@ class Completions:
                             since_s = progress.engine.first_token_s if progress.engine else None
                             arrived_s = self._clock.monotonic() if since_s is None else sent_s + since_s
                             progress.first_token_s = arrived_s - record.received_s
+                            progress.permit.first_token(arrived_s)
                         yield event
                     elif isinstance(event, EngineStarted):
                         if progress.engine is not None:

@@ -31,6 +31,15 @@ class FinishReason(IntEnum):
     CANCELLED = 6
 
 
+class Priority(IntEnum):
+    """Who goes first where not all can. The numbers are those of llmos.inference.v1.Priority."""
+
+    INTERACTIVE = 1
+    """Somebody waits for the answer."""
+    BATCH = 2
+    """Runs on what the others leave."""
+
+
 class Capability(IntEnum):
     """What a model can do. The numbers are those of llmos.gateway.v1.ModelCapability."""
 
@@ -39,6 +48,12 @@ class Capability(IntEnum):
     TOOLS = 3
     EMBED = 4
     SCORE = 5
+
+
+CHARACTERS_PER_TOKEN = 4
+"""About, in English; other scripts have fewer."""
+PRIORITY_LABEL = "priority"
+"""A request with the label `priority: batch` lets others go before it."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -61,6 +76,14 @@ class Prompt:
     @property
     def is_chat(self) -> bool:
         return bool(self.messages)
+
+    @property
+    def estimated_tokens(self) -> int:
+        """About how many tokens it will have, before the engine has counted them; never 0."""
+        characters = len(self.text)
+        for message in self.messages:
+            characters += sum(map(len, message.parts))
+        return characters // CHARACTERS_PER_TOKEN + 1
 
     @property
     def task(self) -> str:
@@ -111,6 +134,10 @@ class ValidGeneration:
     ignore_eos: bool = False
     end_user: str = ""
     labels: Mapping[str, str] = field(default_factory=dict)
+
+    @property
+    def priority(self) -> Priority:
+        return Priority.BATCH if self.labels.get(PRIORITY_LABEL) == "batch" else Priority.INTERACTIVE
 
 
 @dataclass(frozen=True, slots=True)

@@ -30,6 +30,9 @@ class InferencePort(Protocol):
     async def list_models(self) -> tuple[Model, ...]:
         """What this replica has, sorted by id. Raises as `generate` does."""
 
+    async def max_running(self) -> int:
+        """How many sequences it runs at once; 1 at least. Raises as `generate` does."""
+
     async def is_healthy(self) -> bool:
         """Whether the replica says that it serves. Ends within a deadline of its own, and raises nothing."""
 

@@ -1,4 +1,5 @@
-"""Which replica serves a request: a healthy one that has the model, with the fewest requests running.
+"""Which replica serves a request: a healthy one that has the model, with the fewest requests running for
+what it can take.
 
 Each replica is asked for its health at a steady pace. One that was lost in the middle of a request is out
 until it says again that it serves. Where nobody is healthy, all are asked once more before a request is
@@ -9,7 +10,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from contextvars import Context
 from dataclasses import dataclass, field, replace
@@ -30,6 +31,8 @@ class Replica:
 
     name: str
     port: InferencePort
+    max_running: int = 0
+    """The sequences that it is given at once; 0 until it has said how many it runs."""
     healthy: bool = False
     running: int = 0
     models: dict[str, Model] = field(default_factory=dict)
@@ -49,15 +52,25 @@ class Router:
     """Knows the replicas. A component of the app: `start` begins the watching, `stop` ends it."""
 
     def __init__(
-        self, replicas: Sequence[Replica], clock: Clock, *, probe_interval_s: float, ask_again_s: float = 0.1
+        self,
+        replicas: Sequence[Replica],
+        clock: Clock,
+        *,
+        probe_interval_s: float,
+        ask_again_s: float = 0.1,
+        max_running: int = 0,
     ) -> None:
-        """`ask_again_s`: the shortest time between two rounds of questions that requests cause."""
+        """`ask_again_s`: the shortest time between two rounds of questions that requests cause.
+        `max_running`: the sequences that a replica is given at once; 0: as many as it says that it runs."""
+        self._max_running = max_running
         self._replicas = tuple(replicas)
         self._clock = clock
         self._probe_interval_s = probe_interval_s
         self._ask_again_s = ask_again_s
         self.found = asyncio.Event()
         """Set when a replica was found for the first time."""
+        self.on_change: Callable[[], None] = lambda: None
+        """Called when a replica has come or gone, and capacity with it."""
         self._asked_s = float("-inf")
         self._round: asyncio.Task[None] | None = None
         self._watches: list[asyncio.Task[None]] = []
@@ -119,15 +132,25 @@ class Router:
             for found in (replica.models[model] for replica in serving or named)
         )
 
+    def capacity(self, model: str) -> int | None:
+        """The sequences that all healthy replicas of the model together run at once; None where there is
+        none."""
+        places = 0
+        for replica in self._replicas:
+            if replica.healthy and model in replica.models:
+                places += replica.max_running
+        return places or None
+
     def lost(self, replica: Replica) -> None:
         """Takes a replica out until it says that it serves."""
         if replica.healthy:
             logger.warning("replica %s is lost", replica.name)
-        replica.healthy = False
+            replica.healthy = False
+            self.on_change()
 
     def _best(self, model: str) -> Replica | None:
         fit = [replica for replica in self._replicas if replica.healthy and model in replica.models]
-        return min(fit, key=lambda replica: replica.running, default=None)
+        return min(fit, key=lambda replica: replica.running / replica.max_running, default=None)
 
     async def _ask_all(self) -> None:
         """Asks all replicas now, together with whoever else waits for that."""
@@ -151,12 +174,14 @@ class Router:
         if healthy and not replica.healthy:
             try:
                 replica.models = {model.id: model for model in await replica.port.list_models()}
+                replica.max_running = self._max_running or await replica.port.max_running()
             except LlmosError as error:
                 cause = error.__cause__ or error
-                logger.warning("replica %s does not name its models: %s", replica.name, cause)
+                logger.warning("replica %s does not say what it serves: %s", replica.name, cause)
                 healthy = False
         if healthy != replica.healthy:
             logger.info("replica %s %s", replica.name, "serves" if healthy else "does not serve")
             replica.healthy = healthy
             if healthy:
                 self.found.set()
+            self.on_change()

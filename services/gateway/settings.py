@@ -36,7 +36,22 @@ class GatewaySettings(KafkaSettings):
     """A replica that does not say within that time that it serves does not serve."""
 
     max_concurrent_generations: int = Field(default=512, ge=1)
-    """More than so many answers at work at once are refused, on both edges together."""
+    """More than so many answers that run or wait for a place are refused at once, on both edges together."""
+    max_concurrent_per_replica: int = Field(default=0, ge=0, le=65_536)
+    """Choices that a replica is given at once; 0: as many as it says that it runs at once. What is more
+    waits here, where the queue is fair."""
+    max_queued: int = Field(default=256, ge=0, le=65_536)
+    """Answers that wait for a place, for each model; more are refused at once."""
+    max_queued_per_tenant: int = Field(default=128, ge=0, le=65_536)
+    """Those of one tenant."""
+    max_queue_wait_s: PositiveSeconds = 10
+    """Who would wait longer is refused."""
+    tenant_share: float = Field(default=1, gt=0, le=1)
+    """Of a model's places, what one tenant may have running or waiting; 1: all of them, and the queue."""
+    key_share: float = Field(default=1, gt=0, le=1)
+    """The same for one API key."""
+    batch_ageing_s: PositiveSeconds = 5
+    """Where interactive requests leave no place for batch, one of those is served so often all the same."""
     max_tokens_limit: int = Field(default=4096, ge=1, le=1_048_576)
     """The most that a request may ask for, for each choice."""
 

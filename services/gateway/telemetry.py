@@ -13,9 +13,17 @@ from opentelemetry import metrics, trace
 from opentelemetry.metrics import CallbackOptions, Observation
 from opentelemetry.trace import Span, SpanKind, StatusCode
 
+from services.gateway.admission.permits import Reason
 from services.gateway.auditing import RequestRecord
 from services.gateway.cache.answers import AnswerCache
-from services.gateway.generation import EngineStarted, Finished, FinishReason, Usage, ValidGeneration
+from services.gateway.generation import (
+    EngineStarted,
+    Finished,
+    FinishReason,
+    Priority,
+    Usage,
+    ValidGeneration,
+)
 from services.mesh.clock import Clock
 from services.mesh.errors import LlmosError
 
@@ -49,6 +57,11 @@ class Measured:
         self.first_token_s: float | None = None
         self.known_model = False
 
+    def waited(self, wait_s: float) -> None:
+        """In the queue, for a place."""
+        if wait_s:
+            self._span.set_attribute("llmos.admission.wait_s", wait_s)
+
     def settle(
         self,
         usage: Usage,
@@ -72,6 +85,35 @@ class Measured:
             self._span.set_attribute("gen_ai.response.finish_reasons", reasons)
         if engine is not None:
             self._span.set_attribute("llmos.replica", engine.replica)
+
+
+class AdmissionInstruments:
+    """Those who do not begin at once, in the metrics: an `admission.permits.Observer`."""
+
+    def __init__(self, *, meters: metrics.MeterProvider | None = None) -> None:
+        """Without a provider, that of the process."""
+        meter = metrics.get_meter("llmos.gateway", meter_provider=meters)
+        self._queue = meter.create_up_down_counter(
+            "llmos.admission.queue", unit="{request}", description="Requests that wait for a place."
+        )
+        self._wait = meter.create_histogram(
+            "llmos.admission.wait",
+            unit="s",
+            description="How long those waited that then got a place.",
+            explicit_bucket_boundaries_advisory=_FIRST_TOKEN_S,
+        )
+        self._refused = meter.create_counter(
+            "llmos.admission.refused", unit="{request}", description="Requests that got no place, by reason."
+        )
+
+    def queued(self, priority: Priority, change: int) -> None:
+        self._queue.add(change, {"priority": priority.name.lower()})
+
+    def waited(self, priority: Priority, wait_s: float) -> None:
+        self._wait.record(wait_s, {"priority": priority.name.lower()})
+
+    def refused(self, priority: Priority, reason: Reason) -> None:
+        self._refused.add(1, {"priority": priority.name.lower(), "reason": reason.value})
 
 
 class Instruments:

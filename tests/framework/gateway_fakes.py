@@ -8,7 +8,8 @@ from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
 from datetime import UTC, datetime, timedelta
 
-from services.gateway.admission import Admission
+from services.gateway.admission.claim import Claim
+from services.gateway.admission.permits import Admission, AdmissionLimits, Permit
 from services.gateway.auditing import AuditTrail, RequestRecord
 from services.gateway.authorisation import Authorisation
 from services.gateway.cache.answers import AnswerCache
@@ -34,7 +35,7 @@ from services.gateway.generation import (
 )
 from services.gateway.models import Models
 from services.gateway.routing import Replica, Router
-from services.gateway.telemetry import Instruments
+from services.gateway.telemetry import AdmissionInstruments, Instruments
 from services.mesh.clock import Clock, SystemClock
 from services.mesh.context import Caller, Identity, RequestContext
 from services.mesh.decision import PolicyEngine
@@ -119,11 +120,16 @@ class FakeReplica:
     """An `InferencePort` that plays its scripts in turn; the last one again and again."""
 
     def __init__(
-        self, *scripts: Sequence[Step], models: Sequence[Model] = (MODEL,), healthy: bool = True
+        self,
+        *scripts: Sequence[Step],
+        models: Sequence[Model] = (MODEL,),
+        healthy: bool = True,
+        places: int = 1000,
     ) -> None:
         self.scripts = list(scripts) or [answer("Hello", " world")]
         self.models = tuple(models)
         self.healthy = healthy
+        self.places = places
         self.requests: list[ValidGeneration] = []
         self.closed = 0
         self.running = 0
@@ -158,6 +164,11 @@ class FakeReplica:
         if not self.healthy:
             raise ReplicaLost("down")
         return self.models
+
+    async def max_running(self) -> int:
+        if not self.healthy:
+            raise ReplicaLost("down")
+        return self.places
 
     async def is_healthy(self) -> bool:
         return self.healthy
@@ -280,7 +291,13 @@ class Bench:
             probe_interval_s=3600,
             ask_again_s=0,
         )
-        self.admission = Admission(self.max_concurrent, self.clock)
+        self.admission = Admission(
+            AdmissionLimits(max_generations=self.max_concurrent),
+            self.router.capacity,
+            self.clock,
+            AdmissionInstruments(),
+        )
+        self.router.on_change = self.admission.capacity_changed
         self.authorisation = Authorisation(self.policy, self.clock)
         self.models = Models(self.router, self.authorisation)
         self.cache = AnswerCache(self.kept, self.router, self.clock, max_flight_bytes=self.max_flight_bytes)
@@ -298,6 +315,10 @@ class Bench:
         self.revoked = RevocationList(self.clock)
         self.credentials = RunningCredentials(self.revoked)
         self._next_id = 0
+
+    def permit(self) -> Permit:
+        """One that a test holds itself."""
+        return self.admission.permit(Claim(MODEL.id, "holder", "key_0", 1, 1, float("inf")))
 
     @asynccontextmanager
     async def call(

@@ -158,12 +158,11 @@ async def test_refusals_leave_an_outcome(
 
 async def test_a_refusal_before_any_work_has_no_intent() -> None:
     bench = Bench([FakeReplica()], max_concurrent=1)
-    async with bench.call() as record:
-        with bench.admission.permit(float("inf")):
-            record.begin()
-            await record.committed()
-            with pytest.raises(errors.ConcurrencyLimit) as refused:
-                await collect(bench)
+    async with bench.call() as record, bench.permit():
+        record.begin()
+        await record.committed()
+        with pytest.raises(errors.ConcurrencyLimit) as refused:
+            await collect(bench)
     assert refused.value.retry_after_s
     assert [event.facts.request_id for event in bench.audit.started] == ["req_1"]
     assert {event.facts.request_id: event.outcome for event in bench.audit.ended} == {

@@ -73,7 +73,7 @@ async def test_a_hit_is_audited_as_one_and_settles_no_tokens() -> None:
 async def test_a_hit_needs_no_permit() -> None:
     bench = bench_of(max_concurrent=1)
     await asked(bench).run()
-    with bench.admission.permit(float("inf")):
+    async with bench.permit():
         assert (await asked(bench).run()).status == "hit"
 
 

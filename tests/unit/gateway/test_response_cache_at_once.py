@@ -114,7 +114,7 @@ async def test_many_followers_of_leaders_that_all_fail_come_to_an_end() -> None:
 
 async def test_a_leader_that_is_refused_leaves_nobody_waiting() -> None:
     bench = bench_of(max_concurrent=1)
-    with bench.admission.permit(float("inf")):
+    async with bench.permit():
         results = await asyncio.gather(*(asked(bench).run() for _ in range(3)), return_exceptions=True)
     assert {type(result) for result in results} == {errors.ConcurrencyLimit}
     assert (await asked(bench).run()).status == "miss"

@@ -1,0 +1,24 @@
+"""What a request asks of the capacity."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from services.gateway.generation import Priority
+
+
+@dataclass(slots=True)
+class Claim:
+    """One request, as far as admission is concerned. Not frozen only because that costs time."""
+
+    model: str
+    tenant_id: str
+    key: str
+    """The API key, or the client where there is none."""
+    tokens: int
+    """An estimate over the prompt and all choices: what fairness counts. 1 at least."""
+    sequences: int
+    """The places it takes: one for each choice."""
+    deadline_s: float
+    """On the monotonic clock."""
+    priority: Priority = Priority.INTERACTIVE
