@@ -172,6 +172,16 @@ async def test_an_answer_of_another_revision_or_other_numerics_is_not_served() -
         assert (await asked(bench).run()).status == status
 
 
+async def test_hits_are_served_while_the_replicas_are_away() -> None:
+    bench = bench_of()
+    await asked(bench).run()
+    bench.replicas[0].healthy = False
+    bench.router.lost(bench.router._replicas[0])
+    assert (await asked(bench).run()).status == "hit"
+    with pytest.raises(errors.NoReplica):
+        await asked(bench, "no-cache").run()
+
+
 BROKEN: list[Step] = [*answer("Hel", "lo")[:-1], errors.EngineFault("broken")]
 
 
