@@ -12,7 +12,9 @@ import pytest
 
 from deploy.dev.broker import Broker
 from tests.framework import broker as brokers
+from tests.framework import forks as forking
 from tests.framework import valkey as valkeys
+from tests.framework.forks import Forks
 from tests.framework.mesh import MeshHarness
 from tests.framework.ports import PortReservations
 from tests.framework.postgres import WITHOUT, PostgresServer, programs
@@ -119,21 +121,35 @@ def own_broker(tmp_path: Path, reservations: PortReservations) -> Iterator[Broke
     brokers.stop_blocking(broker)
 
 
+@pytest.fixture(scope="session")
+def forks() -> Iterator[Forks | None]:
+    """What the run's meshes start their services from; None where it is not possible."""
+    if not forking.SUPPORTED:
+        yield None
+        return
+    forks = Forks()
+    yield forks
+    forks.close()
+
+
 class _MeshFactory:
-    def __init__(self, folder: Path, reservations: PortReservations) -> None:
-        self._folder, self._reservations = folder, reservations
+    def __init__(self, folder: Path, reservations: PortReservations, forks: Forks | None) -> None:
+        self._folder, self._reservations, self._forks = folder, reservations, forks
         self.made: list[MeshHarness] = []
 
     def __call__(self, broker: Broker | None, **options: Any) -> MeshHarness:
+        options.setdefault("forks", self._forks)
         mesh = MeshHarness(self._folder / f"mesh{len(self.made)}", broker, self._reservations, **options)
         self.made.append(mesh)
         return mesh
 
 
 @pytest.fixture
-async def make_mesh(tmp_path: Path, reservations: PortReservations) -> AsyncIterator[MeshFactory]:
+async def make_mesh(
+    tmp_path: Path, reservations: PortReservations, forks: Forks | None
+) -> AsyncIterator[MeshFactory]:
     """Makes meshes: `make_mesh(broker, tls=True)`, see MeshHarness; nothing is started yet."""
-    factory = _MeshFactory(tmp_path, reservations)
+    factory = _MeshFactory(tmp_path, reservations, forks)
     yield factory
     for mesh in factory.made:
         await mesh.close()

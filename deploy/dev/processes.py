@@ -12,11 +12,29 @@ import sys
 import threading
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import IO
+from typing import IO, Protocol
 
 GUARD = Path(__file__).with_name("guard.py")
 MAX_LOG_BYTES = 16 * 1024 * 1024
 TAIL_LINES = 200
+
+
+class Launched(Protocol):
+    """What is needed of a child: a part of what `subprocess.Popen` is."""
+
+    @property
+    def pid(self) -> int: ...
+
+    @property
+    def returncode(self) -> int | None:
+        """Set by `wait`."""
+
+    @property
+    def stdout(self) -> IO[bytes] | None: ...
+
+    def wait(self) -> int: ...
+
+    def send_signal(self, number: int, /) -> None: ...
 
 
 class Process:
@@ -34,15 +52,18 @@ class Process:
         cwd: Path,
         log_file: Path,
         on_line: Callable[[str, str], None] | None = None,
+        launch: Callable[[], Launched] | None = None,
     ) -> None:
-        """`on_line(name, line)` is called for each line of output, from a thread."""
+        """`on_line(name, line)` is called for each line of output, from a thread. `launch` starts it in
+        another way than by its command; the child leads a group of its own and ends with this process."""
         self.name = name
         self.command = list(command)
         self.env = dict(env)
         self.log_file = log_file
         self._cwd = cwd
         self._on_line = on_line
-        self._popen: subprocess.Popen[bytes] | None = None
+        self._launch = launch or self._by_command
+        self._popen: Launched | None = None
         self._ended = threading.Event()
         self._watchers: list[Callable[[], None]] = []
         self._threads: list[threading.Thread] = []
@@ -56,15 +77,7 @@ class Process:
             raise RuntimeError("a process is started from the main thread, whose end is its end")
         self.log_file.parent.mkdir(parents=True, exist_ok=True)
         self._ended = threading.Event()
-        self._popen = subprocess.Popen(
-            [sys.executable, "-I", "-S", str(GUARD), str(os.getpid()), *self.command],
-            cwd=self._cwd,
-            env=self.env,
-            stdin=subprocess.DEVNULL,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            start_new_session=True,
-        )
+        self._popen = self._launch()
         assert self._popen.stdout is not None
         self._threads = [
             threading.Thread(target=self._copy_output, args=(self._popen.stdout,), daemon=True),
@@ -148,6 +161,17 @@ class Process:
         """The last lines of output."""
         return "\n".join(list(self._tail)[-lines:])
 
+    def _by_command(self) -> Launched:
+        return subprocess.Popen(
+            [sys.executable, "-I", "-S", str(GUARD), str(os.getpid()), *self.command],
+            cwd=self._cwd,
+            env=self.env,
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            start_new_session=True,
+        )
+
     def _copy_output(self, pipe: IO[bytes]) -> None:
         with pipe, _BoundedLog(self.log_file) as log:
             for raw in pipe:
@@ -157,7 +181,7 @@ class Process:
                 if self._on_line is not None:
                     self._on_line(self.name, line)
 
-    def _await_end(self, popen: subprocess.Popen[bytes], ended: threading.Event) -> None:
+    def _await_end(self, popen: Launched, ended: threading.Event) -> None:
         popen.wait()
         ended.set()
         for tell in list(self._watchers):

@@ -15,6 +15,7 @@ from llmos_client import AsyncClient, AuditFilter, Resource, ResourceKind
 
 from deploy.dev.broker import Broker
 from deploy.dev.environment import ROOT
+from tests.framework.forks import Forks
 from tests.framework.mesh import MeshHarness
 from tests.framework.ports import PortReservations
 from tests.framework.waiting import eventually
@@ -25,9 +26,12 @@ COMMAND = ("-m", "llmos_client.cli", "admin")
 
 @pytest.fixture(scope="module")
 async def mesh(
-    tmp_path_factory: pytest.TempPathFactory, broker: Broker, reservations: PortReservations
+    tmp_path_factory: pytest.TempPathFactory,
+    broker: Broker,
+    reservations: PortReservations,
+    forks: Forks | None,
 ) -> AsyncIterator[MeshHarness]:
-    async with MeshHarness(tmp_path_factory.mktemp("mesh"), broker, reservations) as mesh:
+    async with MeshHarness(tmp_path_factory.mktemp("mesh"), broker, reservations, forks=forks) as mesh:
         await mesh.start()
         async with connect(mesh) as client:
 

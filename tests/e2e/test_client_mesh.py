@@ -21,6 +21,7 @@ from llmos_client import AsyncClient, AuditFilter, AuditRecord, Client, Outcome
 from deploy.dev.broker import Broker
 from deploy.dev.environment import ROOT
 from tests.conftest import MeshFactory
+from tests.framework.forks import Forks
 from tests.framework.mesh import MeshHarness
 from tests.framework.ports import PortReservations
 from tests.framework.waiting import eventually
@@ -46,10 +47,13 @@ async def connected(mesh: MeshHarness) -> AsyncIterator[AsyncClient]:
 
 @pytest.fixture(scope="module")
 async def shared(
-    tmp_path_factory: pytest.TempPathFactory, broker: Broker, reservations: PortReservations
+    tmp_path_factory: pytest.TempPathFactory,
+    broker: Broker,
+    reservations: PortReservations,
+    forks: Forks | None,
 ) -> AsyncIterator[MeshHarness]:
     """One mesh for the tests that do it no harm."""
-    async with MeshHarness(tmp_path_factory.mktemp("mesh"), broker, reservations) as mesh:
+    async with MeshHarness(tmp_path_factory.mktemp("mesh"), broker, reservations, forks=forks) as mesh:
         await start(mesh)
         yield mesh
 

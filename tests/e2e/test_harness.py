@@ -12,6 +12,7 @@ from grpc_health.v1 import health_pb2, health_pb2_grpc
 
 from deploy.dev.state import CannotStart
 from tests.conftest import MeshFactory
+from tests.framework.forks import SUPPORTED, Forks
 from tests.framework.mesh import MeshHarness
 
 
@@ -82,3 +83,13 @@ async def test_leaves_nothing_behind(make_mesh: MeshFactory) -> None:
         pid = mesh.processes["auth"].pid
         assert psutil.pid_exists(pid)
     assert not psutil.pid_exists(pid)
+
+
+@pytest.mark.skipif(not SUPPORTED, reason="services are forked on Linux only")
+async def test_a_fork_ends_with_what_it_was_forked_from(make_mesh: MeshFactory) -> None:
+    forks = Forks()
+    mesh = make_mesh(None, forks=forks)
+    await mesh.start("auth")
+    forks.close()
+    assert await mesh.processes["auth"].wait_ended(10) == -signal.SIGKILL
+    await mesh.wait_not_serving("auth")

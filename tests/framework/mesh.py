@@ -9,6 +9,7 @@ import secrets
 import signal
 from collections.abc import Iterable
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -23,6 +24,7 @@ from deploy.dev.environment import ROOT, Plan, service_of
 from deploy.dev.ports import HOST
 from deploy.dev.processes import Process
 from deploy.dev.state import CannotStart, State
+from tests.framework.forks import Forks
 from tests.framework.ports import PortReservations
 
 ALL = ("auth", "logging", "inference", "gateway")
@@ -58,9 +60,11 @@ class MeshHarness:
         tls: bool = False,
         replicas: Iterable[str] = ("inference",),
         measured: bool = False,
+        forks: Forks | None = None,
     ) -> None:
         """`replicas` are the inference processes that gateways are told of. `measured`: coverage is recorded
-        in the processes, where it is in this one; it slows them down."""
+        in the processes, where it is in this one; it slows them down. `forks`: services start from these,
+        unless coverage is recorded."""
         self.broker = broker
         self.state = State(folder)
         self.state.prepare()
@@ -68,6 +72,7 @@ class MeshHarness:
         self._reservations = reservations
         self._ports: dict[str, int] = {}
         self._measured = measured
+        self._forks = None if self._recording else forks
         self._plan = Plan(
             state=self.state,
             ports=self._ports,
@@ -113,6 +118,8 @@ class MeshHarness:
         Raises:
             CannotStart: one ended, or is not ready in time; the message has its last lines.
         """
+        if self._forks is not None:
+            self._forks.prepare(map(service_of, names or ALL))
         for name in names or ALL:
             self.spawn(name)
         if wait:
@@ -127,7 +134,12 @@ class MeshHarness:
         if not self._measured:
             env = {key: value for key, value in env.items() if not key.startswith("COVERAGE_")}
         process = Process(
-            name, self._plan.command(name), env=env, cwd=ROOT, log_file=self.state.logs / f"{name}.log"
+            name,
+            self._plan.command(name),
+            env=env,
+            cwd=ROOT,
+            log_file=self.state.logs / f"{name}.log",
+            launch=self._forks and partial(self._forks.start, service_of(name), env),
         )
         self.processes[name] = process
         process.start()
