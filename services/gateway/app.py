@@ -35,6 +35,10 @@ from services.gateway.cutting import RunningCredentials
 from services.gateway.http import HttpEdge
 from services.gateway.http_server import HttpLimits, HttpServer
 from services.gateway.keys import KeyRing
+from services.gateway.limits.guard import Limits
+from services.gateway.limits.memory import MemoryLimiter
+from services.gateway.limits.plans import Plans
+from services.gateway.limits.shared import SharedLimiter
 from services.gateway.models import Models
 from services.gateway.oauth.clients import AuthTokens, GrpcTokens
 from services.gateway.oauth.http import OAuthRoutes
@@ -132,6 +136,7 @@ async def build(settings: GatewaySettings, clock: Clock) -> App:
 
     # What is shared with other gateways, where there are several.
     redis = connect(settings, clock)
+    shared = SharedLimiter(redis, clock, replicas=settings.replicas) if redis else None
 
     # The record of what is done here.
     spool = Spool.open(
@@ -217,10 +222,18 @@ async def build(settings: GatewaySettings, clock: Clock) -> App:
     )
     router.on_change = admission.capacity_changed
     models = Models(router, authorisation)
+    limits = Limits(
+        Plans(policy),
+        shared or MemoryLimiter(clock),
+        clock,
+        max_tokens_limit=settings.max_tokens_limit,
+        assumed_completion_tokens=settings.assumed_completion_tokens,
+    )
     cache = answer_cache(settings, redis, router, clock)
     observe_cache(cache)
     completions = Completions(
         authorisation=authorisation,
+        limits=limits,
         cache=cache,
         admission=admission,
         router=router,
@@ -231,6 +244,8 @@ async def build(settings: GatewaySettings, clock: Clock) -> App:
     view = PolicyView(
         authorisation,
         models,
+        limits,
+        clock,
         max_request_bytes=settings.max_message_bytes,
         max_tokens=settings.max_tokens_limit,
     )
@@ -321,6 +336,7 @@ async def build(settings: GatewaySettings, clock: Clock) -> App:
             log,
             *inference,
             *([redis] if redis else []),
+            *([shared] if shared else []),
             Closing(tokens.close),
             FirstKeys(jwks, health, clock),
             watch_revocations(watches.revocations, revoked, health=health, clock=clock),

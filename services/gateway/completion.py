@@ -1,8 +1,8 @@
 """The use case: one straight line with named phases, the same for both edges and for jobs.
 
-authorise -> response cache -> admit -> intent -> route -> stream -> settle. The outcome is written by the
-audit link around the whole call (`auditing`), which no path can leave without passing. The intent is written
-while the replica already prefills, and is on disk before the caller sees the first byte.
+authorise -> reserve limits -> response cache -> admit -> intent -> route -> stream -> settle. The outcome is
+written by the audit link around the whole call (`auditing`), which no path can leave without passing. The
+intent is written while the replica already prefills, and is on disk before the caller sees the first byte.
 """
 
 from __future__ import annotations
@@ -29,6 +29,7 @@ from services.gateway.generation import (
     ValidGeneration,
     ValidPrompt,
 )
+from services.gateway.limits.guard import Limits, Ticket
 from services.gateway.routing import Replica, Router
 from services.gateway.telemetry import Instruments
 from services.mesh.clock import Clock
@@ -42,6 +43,7 @@ MAX_ATTEMPTS = 2
 class _Progress:
     """What has been seen of an answer so far."""
 
+    ticket: Ticket
     permit: Permit
     whole: bool = False
     engine: EngineStarted | None = None
@@ -66,6 +68,7 @@ class Completions:
         self,
         *,
         authorisation: Authorisation,
+        limits: Limits,
         cache: AnswerCache,
         admission: Admission,
         router: Router,
@@ -75,6 +78,7 @@ class Completions:
     ) -> None:
         """`max_tokens_limit` is what a request asks for that names no number, for each choice."""
         self._authorisation = authorisation
+        self._limits = limits
         self._max_tokens_limit = max_tokens_limit
         self._cache = cache
         self._admission = admission
@@ -101,21 +105,26 @@ class Completions:
             max_tokens=request.n * (request.max_tokens or self._max_tokens_limit),
             labels=request.labels,
         )
-        events = self._generated(record, request, whole)
-        if not self._cache.passes(record, request):
-            events = self._cache.stream(record, request, events, whole=whole)
-        async with aclosing(events):
-            async for event in events:
-                yield event
+        ticket = await self._limits.reserve(record, request)
+        try:
+            events = self._generated(record, request, ticket, whole)
+            if not self._cache.passes(record, request):
+                events = self._cache.stream(record, request, events, whole=whole)
+            async with aclosing(events):
+                async for event in events:
+                    yield event
+        finally:
+            # What an engine did is settled there; an answer from the cache is a request without tokens.
+            ticket.settle(Usage() if record.has_begun else None)
 
     async def _generated(
-        self, record: RequestRecord, request: ValidGeneration, whole: bool
+        self, record: RequestRecord, request: ValidGeneration, ticket: Ticket, whole: bool
     ) -> AsyncGenerator[Event, None]:
         """The answer of an engine."""
         with self._instruments.generation(request, record) as measured:
             async with self._admission.permit(self._claim(record, request)) as permit:
                 measured.waited(permit.waited_s)
-                progress = _Progress(permit, whole)
+                progress = _Progress(ticket, permit, whole)
                 if not record.has_begun:
                     record.begin()
                 try:
@@ -127,6 +136,7 @@ class Completions:
                     measured.settle(
                         progress.usage(), progress.finished, progress.engine, progress.first_token_s
                     )
+                    ticket.settle(progress.usage() if progress.engine else None)
 
     async def generate(self, record: RequestRecord, request: ValidGeneration) -> Generation:
         """The whole answer. Raises as `stream` does."""
@@ -226,6 +236,7 @@ class Completions:
                         if progress.engine is not None:
                             raise Internal("a replica began the same answer twice")
                         progress.engine = event
+                        progress.ticket.correct(event.prompt_tokens)
                         # The last moment: nothing may reach the caller before the intent is on disk.
                         await record.committed()
                         seed = request.sampling.seed

@@ -7,10 +7,11 @@ from datetime import datetime
 
 from services.gateway.auditing import RequestRecord
 from services.gateway.authorisation import Authorisation
+from services.gateway.limits.guard import Left, Limits
 from services.gateway.models import Models
 from services.mesh.actions import ACTIONS
+from services.mesh.clock import Clock
 from services.mesh.context import Identity
-from services.mesh.policy import PlanLimit
 
 
 @dataclass(frozen=True, slots=True)
@@ -22,8 +23,10 @@ class EffectivePolicy:
     """Full names, sorted: those that policy may let it call, depending on what it asks for."""
     models: tuple[str, ...]
     """Ids, sorted."""
-    limits: tuple[PlanLimit, ...]
+    limits: tuple[Left, ...]
     """Of its tenant's plan, sorted by unit, scope and model."""
+    at: datetime
+    """When they stood so."""
     max_request_bytes: int
     max_tokens: int
     """For each choice."""
@@ -35,18 +38,25 @@ class PolicyView:
     """Answers what a caller may do, by the policy in force and the limits of this deployment."""
 
     def __init__(
-        self, authorisation: Authorisation, models: Models, *, max_request_bytes: int, max_tokens: int
+        self,
+        authorisation: Authorisation,
+        models: Models,
+        limits: Limits,
+        clock: Clock,
+        *,
+        max_request_bytes: int,
+        max_tokens: int,
     ) -> None:
         self._authorisation = authorisation
         self._models = models
+        self._limits = limits
+        self._clock = clock
         self._max_request_bytes = max_request_bytes
         self._max_tokens = max_tokens
 
     async def effective(self, record: RequestRecord) -> EffectivePolicy:
         """Raises DependencyUnavailable where the policy is not known yet."""
         identity, address = record.identity, record.source_address
-        plan = self._authorisation.engine.plan(identity.tenant_id)
-        limits = sorted(plan.limits, key=lambda limit: (limit.unit, limit.scope, limit.model)) if plan else ()
         may_call = self._authorisation.may_call
         return EffectivePolicy(
             identity=identity,
@@ -54,7 +64,8 @@ class PolicyView:
                 method for method in sorted(ACTIONS) if may_call(identity, method, address=address)
             ),
             models=tuple(model.id for model in await self._models.visible(record)),
-            limits=tuple(limits),
+            limits=await self._limits.left(identity),
+            at=self._clock.now(),
             max_request_bytes=self._max_request_bytes,
             max_tokens=self._max_tokens,
             credential_expires_at=record.credential_expires_at,

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 from collections.abc import AsyncIterator
 from contextlib import aclosing
+from datetime import datetime, timedelta
 from enum import IntEnum
 from typing import Any
 
@@ -37,6 +38,7 @@ from services.gateway.generation import (
     TokenLogprob,
     Usage,
 )
+from services.gateway.limits.guard import Left
 from services.gateway.models import Models
 from services.gateway.policy_view import EffectivePolicy, PolicyView
 from services.gateway.request import RequestParser
@@ -271,7 +273,6 @@ def _alternative(entry: Alternative) -> generation_pb2.TokenLogprob.Alternative:
 
 
 def _policy(policy: EffectivePolicy) -> policy_service_pb2.GetEffectivePolicyResponse:
-    """How much is left of a limit is not said: nothing is counted yet."""
     identity = policy.identity
     message = policy_service_pb2.GetEffectivePolicyResponse(
         identity=identity_pb2.Identity(
@@ -282,18 +283,27 @@ def _policy(policy: EffectivePolicy) -> policy_service_pb2.GetEffectivePolicyRes
         ),
         methods=policy.methods,
         models=policy.models,
-        limits=[
-            policy_service_pb2.Limit(
-                unit=_same(limit.unit), scope=_same(limit.scope), model=limit.model, limit=limit.limit
-            )
-            for limit in policy.limits
-        ],
+        limits=[_limit(each, policy.at) for each in policy.limits],
         max_request_bytes=policy.max_request_bytes,
         max_tokens=policy.max_tokens,
         content_capture=policy_service_pb2.CONTENT_CAPTURE_NONE,
     )
     if policy.credential_expires_at is not None:
         message.credential_expire_time.FromDatetime(policy.credential_expires_at)
+    return message
+
+
+def _limit(left: Left, at: datetime) -> policy_service_pb2.Limit:
+    limit, standing = left.limit, left.standing
+    message = policy_service_pb2.Limit(
+        unit=_same(limit.unit),
+        scope=_same(limit.scope),
+        model=limit.model,
+        limit=limit.limit,
+        remaining=standing.remaining,
+    )
+    if standing.reset_s > 0:
+        message.reset_time.FromDatetime(at + timedelta(seconds=standing.reset_s))
     return message
 
 

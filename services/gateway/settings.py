@@ -84,6 +84,11 @@ class GatewaySettings(KafkaSettings):
     redis_timeout_s: float = Field(default=0.1, gt=0, le=1)
     """A call to Redis that takes longer counts as its loss, and the gateway goes on without it."""
 
+    replicas: int = Field(default=1, ge=1, le=1000)
+    """How many gateways share `redis_url`: with Redis lost, each keeps to its share of the limits."""
+    assumed_completion_tokens: int = Field(default=1024, ge=1)
+    """So many tokens are reserved for each choice of a request that names no `max_tokens`."""
+
     cache_max_bytes: int = Field(default=64 * MIB, ge=0)
     """Memory for answers that can only come out the same again; with `redis_url` they are kept there, and
     this bounds only those on their way. 0: no cache."""

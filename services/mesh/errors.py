@@ -59,15 +59,26 @@ class Violation(NamedTuple):
     """What the rule asks for."""
 
 
+class QuotaViolation(NamedTuple):
+    """A limit that was reached."""
+
+    subject: str
+    """Who shares it, such as `tenant:acme`."""
+    description: str
+    """Which limit it is, how much there is and when there is more."""
+
+
 class LlmosError(Exception):
     """The root of the tree; raise a leaf.
 
-    `retry_after_s` says when a retry makes sense; `metadata` goes to the caller as it is.
+    `retry_after_s` says when a retry makes sense; `metadata` goes to the caller as it is; `quota` names the
+    limits that were reached, and by what. `retryable` is set where a retry cannot help though one of the
+    class's usually does.
     """
 
     status: ClassVar[Status] = Status.INTERNAL
     reason: ClassVar[str] = "INTERNAL"
-    retryable: ClassVar[bool] = False
+    retryable: bool = False
     default_hint: ClassVar[str] = "Report the request id to your operator."
     default_retry_after_s: ClassVar[float | None] = None
 
@@ -79,11 +90,17 @@ class LlmosError(Exception):
         retry_after_s: float | None = None,
         metadata: Mapping[str, str] | None = None,
         violations: Sequence[Violation] = (),
+        quota: Sequence[QuotaViolation] = (),
+        retryable: bool | None = None,
     ) -> None:
         super().__init__(message)
         self.message = message
         self.hint = self.default_hint if hint is None else hint
-        self.retry_after_s = self.default_retry_after_s if retry_after_s is None else retry_after_s
+        if retryable is not None:
+            self.retryable = retryable
+        default_s = self.default_retry_after_s if retryable is not False else None
+        self.retry_after_s = default_s if retry_after_s is None else retry_after_s
+        self.quota = tuple(quota)
         self.metadata = dict(metadata or {})
         self.violations = tuple(violations)
 

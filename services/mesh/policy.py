@@ -93,6 +93,11 @@ class LimitUnit(IntEnum):
     TOKENS_PER_MINUTE = 2
     CONCURRENT_REQUESTS = 3
     BUDGET_TOKENS = 4
+    BUDGET_MONEY = 5
+
+
+BUDGETS = frozenset({LimitUnit.BUDGET_TOKENS, LimitUnit.BUDGET_MONEY})
+"""Units that have a period."""
 
 
 class LimitScope(IntEnum):
@@ -124,12 +129,36 @@ class PlanLimit:
 
 
 @dataclass(frozen=True, slots=True)
+class ModelPrice:
+    """What tokens of a model cost, in millionths of the plan's currency for a million tokens."""
+
+    model: str = ""
+    """Empty: every model that has no price of its own."""
+    prompt: int = 0
+    cached_prompt: int | None = None
+    """None: as `prompt`."""
+    completion: int = 0
+
+    def cost(self, prompt_tokens: int, completion_tokens: int, cached_prompt_tokens: int = 0) -> int:
+        """In millionths of the currency, rounded up."""
+        cached = self.prompt if self.cached_prompt is None else self.cached_prompt
+        exact = (
+            (prompt_tokens - cached_prompt_tokens) * self.prompt
+            + cached_prompt_tokens * cached
+            + completion_tokens * self.completion
+        )
+        return -(-exact // 1_000_000)
+
+
+@dataclass(frozen=True, slots=True)
 class Plan:
     """How much a tenant's callers may use."""
 
     plan_id: str
     description: str = ""
     limits: tuple[PlanLimit, ...] = ()
+    currency: str = ""
+    prices: tuple[ModelPrice, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)

@@ -20,6 +20,7 @@ from llmos.gateway.v1 import policy_service_pb2
 from services.mesh.addresses import unmapped
 from services.mesh.errors import RequestInvalid, Violation
 from services.mesh.policy import (
+    BUDGETS,
     FREE_PLAN,
     AddressRule,
     BudgetPeriod,
@@ -27,6 +28,7 @@ from services.mesh.policy import (
     Effect,
     LimitScope,
     LimitUnit,
+    ModelPrice,
     Network,
     Plan,
     PlanLimit,
@@ -226,19 +228,50 @@ def plan_message(plan: Plan) -> policy_pb2.Plan:
             )
             for limit in plan.limits
         ],
+        currency=plan.currency,
+        prices=[
+            policy_pb2.ModelPrice(
+                model=price.model,
+                prompt=price.prompt,
+                cached_prompt=price.cached_prompt,
+                completion=price.completion,
+            )
+            for price in plan.prices
+        ],
     )
 
 
 def plan_of(message: policy_pb2.Plan, field: str = "plan") -> Plan:
-    """Raises RequestInvalid: a budget has a period, and no other limit has one."""
+    """Raises RequestInvalid: a budget has a period, and no other limit has one; a model has one price, and
+    where money is limited it has one."""
     limits = tuple(_limit_of(limit, f"{field}.limits[{i}]") for i, limit in enumerate(message.limits))
-    return Plan(message.id, message.description, limits)
+    prices = tuple(
+        ModelPrice(
+            price.model,
+            price.prompt,
+            price.cached_prompt if price.HasField("cached_prompt") else None,
+            price.completion,
+        )
+        for price in message.prices
+    )
+    priced: set[str] = set()
+    for index, price in enumerate(prices):
+        if price.model in priced:
+            _refuse(f"{field}.prices[{index}].model", "must be unique in its plan")
+        priced.add(price.model)
+    for index, limit in enumerate(limits):
+        if limit.unit is LimitUnit.BUDGET_MONEY and not priced & {"", limit.model}:
+            what = f"a price of the model `{limit.model}`" if limit.model else "a price without a model"
+            _refuse(f"{field}.limits[{index}].unit", f"needs {what} among `prices`")
+    if (prices or any(limit.unit is LimitUnit.BUDGET_MONEY for limit in limits)) and not message.currency:
+        _refuse(f"{field}.currency", "must be set where there are prices")
+    return Plan(message.id, message.description, limits, message.currency, prices)
 
 
 def _limit_of(message: policy_pb2.PlanLimit, field: str) -> PlanLimit:
     unit = _member(LimitUnit, message.unit, f"{field}.unit")
     period = _member(BudgetPeriod, message.period, f"{field}.period")
-    if (unit is LimitUnit.BUDGET_TOKENS) != (period is not BudgetPeriod.NONE):
+    if (unit in BUDGETS) != (period is not BudgetPeriod.NONE):
         _refuse(f"{field}.period", "must be set for a budget, and for nothing else")
     return PlanLimit(
         unit=unit,

@@ -10,7 +10,7 @@ from google.protobuf.message import DecodeError, Message
 from google.rpc import error_details_pb2, status_pb2
 
 from services.mesh import errors
-from services.mesh.errors import LlmosError, Status, Violation
+from services.mesh.errors import LlmosError, QuotaViolation, Status, Violation
 
 DOMAIN = "llmos"
 DETAILS_KEY = "grpc-status-details-bin"
@@ -18,7 +18,7 @@ MAX_VIOLATIONS = 32
 
 
 def to_status(error: LlmosError, request_id: str) -> status_pb2.Status:
-    """What a caller reads of `error`: ErrorInfo always; BadRequest and RetryInfo where they help.
+    """What a caller reads of `error`: ErrorInfo always; BadRequest, QuotaFailure, RetryInfo where they help.
 
     The message of `Internal` is replaced: it may speak of our insides.
     """
@@ -34,6 +34,11 @@ def to_status(error: LlmosError, request_id: str) -> status_pb2.Status:
         for violation in error.violations[:MAX_VIOLATIONS]:
             bad.field_violations.add(field=violation.field, description=violation.description)
         details.append(bad)
+    if error.quota:
+        exhausted = error_details_pb2.QuotaFailure()
+        for entry in error.quota[:MAX_VIOLATIONS]:
+            exhausted.violations.add(subject=entry.subject, description=entry.description)
+        details.append(exhausted)
     if error.retry_after_s is not None:
         delay = duration_pb2.Duration()
         delay.FromNanoseconds(int(error.retry_after_s * 1e9))
@@ -52,11 +57,12 @@ def from_rpc_error(error: grpc.aio.AioRpcError) -> LlmosError:
     """The error that the other service raised, or the one that stands for its loss."""
     status = _parsed(error)
     if status is not None:
-        info, bad, retry = (
+        info, bad, exhausted, retry = (
             _unpacked(status.details, kind)
             for kind in (
                 error_details_pb2.ErrorInfo(),
                 error_details_pb2.BadRequest(),
+                error_details_pb2.QuotaFailure(),
                 error_details_pb2.RetryInfo(),
             )
         )
@@ -66,12 +72,14 @@ def from_rpc_error(error: grpc.aio.AioRpcError) -> LlmosError:
             hint = metadata.pop("hint", "")
             cls = errors.BY_REASON.get(info.reason, errors.Internal)
             violations = bad.field_violations if isinstance(bad, error_details_pb2.BadRequest) else ()
+            quota = exhausted.violations if isinstance(exhausted, error_details_pb2.QuotaFailure) else ()
             return cls(
                 status.message.removesuffix(hint).strip(),
                 hint=hint,
                 metadata=metadata,
                 retry_after_s=_seconds(retry),
                 violations=[Violation(v.field, v.description) for v in violations],
+                quota=[QuotaViolation(entry.subject, entry.description) for entry in quota],
             )
     return _bare(error)
 

@@ -29,6 +29,7 @@ from services.mesh.policy import (
     Effect,
     LimitScope,
     LimitUnit,
+    ModelPrice,
     Plan,
     PlanLimit,
     RevocationKind,
@@ -123,7 +124,13 @@ def everything(text: str = "x") -> list[Resource]:
     )
     limit = PlanLimit(LimitUnit.BUDGET_TOKENS, LimitScope.CLIENT, 2**62, text, BudgetPeriod.MONTH)
     return [
-        Plan(text, text, (limit, PlanLimit(LimitUnit.REQUESTS_PER_MINUTE, LimitScope.KEY, 0))),
+        Plan(
+            text,
+            text,
+            (limit, PlanLimit(LimitUnit.REQUESTS_PER_MINUTE, LimitScope.KEY, 0)),
+            "EUR",
+            (ModelPrice(text, 1, 2, 3), ModelPrice()),
+        ),
         Tenant(text, display_name=text, plan_id=text, disabled=True),
         Tenant(f"{text}-2", parent_id=text, plan_id=text),
         Role(text, text, text, names, (Rule(text, Effect.DENY, names, condition),)),

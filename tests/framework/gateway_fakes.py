@@ -33,6 +33,10 @@ from services.gateway.generation import (
     ValidGeneration,
     ValidPrompt,
 )
+from services.gateway.limits.guard import Limits
+from services.gateway.limits.limiter import Limiter
+from services.gateway.limits.memory import MemoryLimiter
+from services.gateway.limits.plans import Plans
 from services.gateway.models import Models
 from services.gateway.routing import Replica, Router
 from services.gateway.telemetry import AdmissionInstruments, Instruments
@@ -53,6 +57,7 @@ from services.mesh.policy import (
     BUILT_IN_ROLES,
     AddressRule,
     Network,
+    Plan,
     PolicyDocument,
     TenantPolicy,
 )
@@ -80,10 +85,15 @@ class FixedPolicy:
     engine: PolicyEngine
 
 
-def fixed_policy(*roles: PolicyRole, address_rules: Sequence[AddressRule] = ()) -> FixedPolicy:
-    """The built-in roles and plans, with what is given, for the tenant of `ALICE`."""
+def fixed_policy(
+    *roles: PolicyRole, address_rules: Sequence[AddressRule] = (), plan: Plan = BUILT_IN_PLANS[0]
+) -> FixedPolicy:
+    """The built-in roles, with what is given, for the tenant of `ALICE`."""
     document = PolicyDocument(
-        (*BUILT_IN_ROLES, *roles), tuple(address_rules), (TenantPolicy(ALICE.tenant_id),), BUILT_IN_PLANS
+        (*BUILT_IN_ROLES, *roles),
+        tuple(address_rules),
+        (TenantPolicy(ALICE.tenant_id, plan_id=plan.plan_id),),
+        (plan,),
     )
     return FixedPolicy(PolicyEngine(document))
 
@@ -283,6 +293,8 @@ class Bench:
     kept: ResponseCache | None = None
     """The response cache's store; None: there is no cache."""
     max_flight_bytes: int = 1024 * 1024
+    limiter: Limiter | None = None
+    """None: one in memory."""
 
     def __post_init__(self) -> None:
         self.router = Router(
@@ -300,9 +312,12 @@ class Bench:
         self.router.on_change = self.admission.capacity_changed
         self.authorisation = Authorisation(self.policy, self.clock)
         self.models = Models(self.router, self.authorisation)
+        self.limiter = self.limiter or MemoryLimiter(self.clock)
+        self.limits = Limits(Plans(self.policy), self.limiter, self.clock, max_tokens_limit=MAX_TOKENS_LIMIT)
         self.cache = AnswerCache(self.kept, self.router, self.clock, max_flight_bytes=self.max_flight_bytes)
         self.completions = Completions(
             authorisation=self.authorisation,
+            limits=self.limits,
             cache=self.cache,
             admission=self.admission,
             router=self.router,

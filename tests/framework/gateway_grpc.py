@@ -53,6 +53,8 @@ async def serving(bench: Bench, folder: Path, *, max_call_s: float = 30) -> Asyn
     view = PolicyView(
         bench.authorisation,
         bench.models,
+        bench.limits,
+        bench.clock,
         max_request_bytes=settings.max_message_bytes,
         max_tokens=MAX_TOKENS_LIMIT,
     )

@@ -160,12 +160,26 @@ async def plan(
             show_default=False,
         ),
     ] = None,
+    prices: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--price",
+            help="A price in YAML, in millionths for a million tokens: `{model: a-model, prompt: 150000, "
+            "completion: 600000}`; without `model` for all others.",
+            show_default=False,
+        ),
+    ] = None,
+    currency: Annotated[
+        str, typer.Option(help="What the prices are in, such as EUR.", show_default=False)
+    ] = "",
     description: Description = "",
 ) -> None:
     """Make a plan; without limits it is unlimited."""
-    made = Resource(plan=policy_pb2.Plan(id=resource_id, description=description))
+    made = Resource(plan=policy_pb2.Plan(id=resource_id, description=description, currency=currency))
     if limits:
         documents.edit(made, {"limits": f"[{', '.join(limits)}]"})
+    if prices:
+        documents.edit(made, {"prices": f"[{', '.join(prices)}]"})
     await _make(client, made)
 
 
