@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from services.gateway.limits.limiter import MINUTE_S, Limit, Refused, Standing
-from services.mesh.policy import BudgetPeriod, LimitUnit
+from services.mesh.policy import LimitUnit
 
 CONCURRENCY_WAIT_S = 1.0
 """When to try again where too many requests run: nobody knows when one ends."""
@@ -36,7 +36,7 @@ def standing(limit: Limit, value: float, reserved: int, left_s: float) -> Standi
         reset_s = missing * MINUTE_S / limit.limit if missing > 0 and limit.limit else 0.0
         return Standing(max(0, int(value)), reset_s, reserved)
     left = max(0, limit.limit - int(value) - reserved)
-    whole = limit.period is BudgetPeriod.NONE or left == limit.limit
+    whole = not limit.is_budget or left == limit.limit
     return Standing(left, 0.0 if whole else left_s, reserved)
 
 

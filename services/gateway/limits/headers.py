@@ -5,27 +5,36 @@ Where several limits of a kind apply, that of which the least is left is shown.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 
 from services.gateway.limits.limiter import Limit, Standing
 from services.mesh.policy import LimitUnit
 
-_NAMES = {LimitUnit.REQUESTS_PER_MINUTE: "requests", LimitUnit.TOKENS_PER_MINUTE: "tokens"}
+_KINDS = {
+    int(unit): (f"x-ratelimit-limit-{name}", f"x-ratelimit-remaining-{name}", f"x-ratelimit-reset-{name}")
+    for unit, name in ((LimitUnit.REQUESTS_PER_MINUTE, "requests"), (LimitUnit.TOKENS_PER_MINUTE, "tokens"))
+}
 
 
-def rate_limit_headers(limits: Sequence[Limit], standings: Iterable[Standing]) -> tuple[tuple[str, str], ...]:
-    """`x-ratelimit-{limit,remaining,reset}-{requests,tokens}`; without a limit of a kind, none of its."""
-    tightest: dict[str, tuple[Limit, Standing]] = {}
-    for limit, standing in zip(limits, standings, strict=True):
-        kind = _NAMES.get(limit.unit)
-        if kind is not None and (kind not in tightest or standing.remaining < tightest[kind][1].remaining):
-            tightest[kind] = limit, standing
-    found: list[tuple[str, str]] = []
-    for kind, (limit, standing) in tightest.items():
-        found.append((f"x-ratelimit-limit-{kind}", str(limit.limit)))
-        found.append((f"x-ratelimit-remaining-{kind}", str(standing.remaining)))
-        found.append((f"x-ratelimit-reset-{kind}", duration(standing.reset_s)))
-    return tuple(found)
+def rate_limit_headers(limits: Sequence[Limit], standings: Sequence[Standing]) -> dict[str, str]:
+    """`x-ratelimit-{limit,remaining,reset}-{requests,tokens}`; without a limit of a kind, none of its.
+
+    `standings` are of the rates, which come first among the limits; more do not matter.
+    """
+    tightest: dict[int, tuple[Limit, Standing]] = {}
+    for limit, standing in zip(limits, standings, strict=False):
+        if not limit.is_rate:
+            break
+        before = tightest.get(limit.index)
+        if before is None or standing.remaining < before[1].remaining:
+            tightest[limit.index] = limit, standing
+    found: dict[str, str] = {}
+    for index, (limit, standing) in tightest.items():
+        of_limit, of_remaining, of_reset = _KINDS[index]
+        found[of_limit] = str(limit.limit)
+        found[of_remaining] = str(standing.remaining)
+        found[of_reset] = duration(standing.reset_s)
+    return found
 
 
 def duration(seconds: float) -> str:

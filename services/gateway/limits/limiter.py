@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import NamedTuple, Protocol
 
-from services.mesh.policy import BudgetPeriod, LimitScope, LimitUnit
+from services.mesh.policy import BUDGETS, BudgetPeriod, LimitScope, LimitUnit
 
 RATES = frozenset({LimitUnit.REQUESTS_PER_MINUTE, LimitUnit.TOKENS_PER_MINUTE})
 """Token buckets: they hold what is allowed in a minute, and fill at that rate. All others are sums of what is
@@ -29,14 +29,21 @@ class Limit:
     limit: int
     model: str = ""
     period: BudgetPeriod = BudgetPeriod.NONE
+    is_rate: bool = field(init=False)
+    is_budget: bool = field(init=False)
+    """Has a period."""
+    index: int = field(init=False)
+    """Into `Amounts`."""
 
-    @property
-    def is_rate(self) -> bool:
-        return self.unit in RATES
+    def __post_init__(self) -> None:
+        # asked for several times in each request, where an enum's hash is a good part of the time
+        object.__setattr__(self, "is_rate", self.unit in RATES)
+        object.__setattr__(self, "is_budget", self.unit in BUDGETS)
+        object.__setattr__(self, "index", int(self.unit))
 
 
 class Amounts(NamedTuple):
-    """What one request takes of limits, by unit: `amounts[limit.unit]`."""
+    """What one request takes of limits, by unit: `amounts[limit.index]`."""
 
     none: int
     requests: int
@@ -79,7 +86,7 @@ class Hold:
     limits: Sequence[Limit]
     amounts: Amounts
     standings: Sequence[Standing]
-    """Of each limit, after the reservation."""
+    """Of the rates, which come first among the limits, after the reservation."""
     settled: bool = False
 
 
@@ -89,7 +96,7 @@ class Refused(Exception):
     def __init__(
         self, limit: Limit, remaining: int, wait_s: float | None, standings: Sequence[Standing]
     ) -> None:
-        """`wait_s`: when it may be allowed; None where it never is."""
+        """`wait_s`: when it may be allowed; None where it never is. `standings`: of each limit."""
         super().__init__(limit.counter)
         self.limit = limit
         self.remaining = remaining

@@ -12,7 +12,6 @@ from services.gateway.limits import counting
 from services.gateway.limits.limiter import Amounts, Hold, Limit, Refused, Standing
 from services.gateway.limits.periods import Periods
 from services.mesh.clock import Clock
-from services.mesh.policy import BudgetPeriod
 
 MAX_COUNTERS = 65_536
 """Callers whose limits are counted. Beyond, those that were not used for longest begin anew."""
@@ -58,16 +57,17 @@ class MemoryLimiter:
         if now_s >= self._sweep_at_s:
             self._sweep(now_s)
         counters = [self._counter(limit, now_s) for limit in limits]
-        taken = [self._weighted(limit, amounts[limit.unit]) for limit in limits]
+        taken = self._taken(limits, amounts)
         if not force:
             for limit, counter, amount in zip(limits, counters, taken, strict=True):
                 if not counting.fits(limit, counter.value, counter.reserved, amount):
                     raise self._refusal(limits, counters, taken)
+        standings: list[Standing] = []
         for limit, counter, amount in zip(limits, counters, taken, strict=True):
             counter.reserved += amount
             if limit.is_rate:
                 counter.value -= amount
-        standings = [self._standing(*each) for each in zip(limits, counters, strict=True)]
+                standings.append(counting.standing(limit, counter.value, counter.reserved, 0.0))
         hold = _MemoryHold(
             next(self._ids), limits, amounts, standings, False, counters, taken, now_s + hold_s
         )
@@ -78,14 +78,14 @@ class MemoryLimiter:
         held = self._held.get(hold.hold_id)
         if held is None:
             return
-        held.amounts = amounts
-        for index, (limit, counter) in enumerate(zip(held.limits, held.counters, strict=True)):
-            more = self._weighted(limit, amounts[limit.unit]) - held.taken[index]
+        taken = self._taken(held.limits, amounts)
+        for limit, counter, before, after in zip(held.limits, held.counters, held.taken, taken, strict=True):
+            more = after - before
             if more:
-                held.taken[index] += more
                 counter.reserved += more
                 if limit.is_rate:
                     counter.value -= more
+        held.amounts, held.taken = amounts, taken
 
     def settle(self, hold: Hold, amounts: Amounts) -> None:
         if hold.settled or not isinstance(hold, _MemoryHold):
@@ -93,8 +93,9 @@ class MemoryLimiter:
         hold.settled = True
         self._held.pop(hold.hold_id, None)
         now_s = self._clock.monotonic()
-        for limit, counter, taken in zip(hold.limits, hold.counters, hold.taken, strict=True):
-            _end(limit, counter, now_s, taken, self._weighted(limit, amounts[limit.unit]))
+        used = self._taken(hold.limits, amounts)
+        for limit, counter, taken, amount in zip(hold.limits, hold.counters, hold.taken, used, strict=True):
+            _end(limit, counter, now_s, taken, amount)
 
     async def remaining(self, limits: Sequence[Limit]) -> list[Standing]:
         return self.standings(limits)
@@ -118,21 +119,26 @@ class MemoryLimiter:
 
     def name(self, limit: Limit) -> str:
         """What the limit's counter is called, in this period."""
-        if limit.period is BudgetPeriod.NONE:
+        if not limit.is_budget:
             return limit.counter
         return limit.counter + self._periods.name(limit.period)
 
     def left_s(self, limit: Limit) -> float:
         """What is left of a budget's period; 0 for what has none."""
-        return 0.0 if limit.period is BudgetPeriod.NONE else self._periods.left_s(limit.period)
+        return 0.0 if not limit.is_budget else self._periods.left_s(limit.period)
+
+    def _taken(self, limits: Sequence[Limit], amounts: Amounts) -> list[int]:
+        if self._weight == 1:
+            return [amounts[limit.index] for limit in limits]
+        return [self._weighted(limit, amounts[limit.index]) for limit in limits]
 
     def _weighted(self, limit: Limit, amount: int) -> int:
         """At least one request of a limit goes through, however many gateways there are."""
-        return amount if self._weight == 1 else max(amount, min(amount * self._weight, limit.limit))
+        return max(amount, min(amount * self._weight, limit.limit))
 
     def _counter(self, limit: Limit, now_s: float) -> _Counter:
         """With what has flowed in meanwhile."""
-        name = self.name(limit)
+        name = self.name(limit) if limit.is_budget else limit.counter
         counter = self._counters.get(name)
         if counter is None:
             counter = self._counters[name] = _Counter(float(limit.limit) if limit.is_rate else 0.0, now_s)

@@ -25,7 +25,7 @@ def refusal(refused: Refused, amounts: Amounts, currency: str) -> LlmosError:
         text = f"{who} run {_count(limit.limit, 'request')} at the same time, and does."
         quota = QuotaViolation(limit.subject, f"{name}: {text}")
         return ConcurrencyLimit(text, quota=[quota], retry_after_s=wait_s, retryable=wait_s is not None)
-    needed = _amount(limit, amounts[limit.unit], currency)
+    needed = _amount(limit, amounts[limit.index], currency)
     text = (
         f"{who} use {_amount(limit, limit.limit, currency)} {_EACH[limit.period]};"
         f" {_amount(limit, refused.remaining, currency)} left, and this request may take {needed}."

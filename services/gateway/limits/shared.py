@@ -18,7 +18,7 @@ from services.gateway.limits.memory import MemoryLimiter
 from services.gateway.limits.script import SCRIPT
 from services.gateway.redis import Redis, RedisLost
 from services.mesh.clock import Clock
-from services.mesh.policy import BudgetPeriod, LimitUnit
+from services.mesh.policy import LimitUnit
 
 PREFIX = "llmos:limit"
 SPARE_S = 2 * MINUTE_S
@@ -123,7 +123,7 @@ class SharedLimiter:
             raise counting.refusal(
                 hold.limits,
                 [value for value, _ in found],
-                [hold.amounts[limit.unit] for limit in hold.limits],
+                [hold.amounts[limit.index] for limit in hold.limits],
                 [self._local.left_s(limit) for limit in hold.limits],
                 hold.standings,
             )
@@ -152,7 +152,7 @@ class SharedLimiter:
             keys += (key, f"{key}:holds")
             start = self._start(limit, name, owes)
             ttl_ms = int((hold_s + SPARE_S + self._local.left_s(limit)) * 1000)
-            arguments += (int(limit.is_rate), limit.limit, amounts[limit.unit], ttl_ms, start, owes)
+            arguments += (int(limit.is_rate), limit.limit, amounts[limit.index], ttl_ms, start, owes)
         try:
             allowed, *answer = await self._redis.evaluate(SCRIPT, keys, arguments)
         except RedisLost:
@@ -177,14 +177,14 @@ class SharedLimiter:
         """What Redis shall begin with where it knows nothing of the limit."""
         if limit.is_rate:
             return self._local.value(limit)
-        if limit.period is BudgetPeriod.NONE or name != self._local.name(limit):
+        if not limit.is_budget or name != self._local.name(limit):
             return 0.0
         return max(0.0, self._local.value(limit) - owes * self._replicas)
 
     def _owe_budgets(self, limits: Sequence[Limit], names: Sequence[str], amounts: Amounts) -> None:
         for limit, name in zip(limits, names, strict=True):
-            if limit.period is not BudgetPeriod.NONE:
-                self._owe(name, amounts[limit.unit])
+            if limit.is_budget:
+                self._owe(name, amounts[limit.index])
 
     def _owe(self, name: str, amount: int) -> None:
         if amount:

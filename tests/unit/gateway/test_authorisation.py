@@ -249,9 +249,9 @@ async def test_the_effective_policy(tmp_path: Path) -> None:
     assert list(found.methods) == sorted(found.methods)
     assert list(found.models) == ["echo-1"]
     assert [(limit.unit, limit.scope, limit.limit, limit.remaining) for limit in found.limits] == [
-        (1, 3, 600, 0),
-        (2, 3, 600_000, 0),
-        (3, 3, 64, 0),
+        (1, 3, 600, 600),
+        (2, 3, 600_000, 600_000),
+        (3, 3, 64, 64),
     ]
     assert not any(limit.HasField("reset_time") for limit in found.limits)
     assert (found.max_request_bytes, found.max_tokens) == (4 * 1024 * 1024, MAX_TOKENS_LIMIT)

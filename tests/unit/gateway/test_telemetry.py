@@ -34,6 +34,7 @@ class Observed:
         self.bench.completions = Completions(
             authorisation=self.bench.authorisation,
             cache=self.bench.cache,
+            limits=self.bench.limits,
             admission=self.bench.admission,
             router=self.bench.router,
             clock=self.bench.clock,
