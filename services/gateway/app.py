@@ -38,7 +38,7 @@ from services.gateway.keys import KeyRing
 from services.gateway.limits.guard import Limits
 from services.gateway.limits.memory import MemoryLimiter
 from services.gateway.limits.plans import Plans
-from services.gateway.limits.shared import SharedLimiter
+from services.gateway.limits.redis_limiter import RedisLimiter
 from services.gateway.models import Models
 from services.gateway.oauth.clients import AuthTokens, GrpcTokens
 from services.gateway.oauth.http import OAuthRoutes
@@ -136,7 +136,7 @@ async def build(settings: GatewaySettings, clock: Clock) -> App:
 
     # What is shared with other gateways, where there are several.
     redis = connect(settings, clock)
-    shared = SharedLimiter(redis, clock, replicas=settings.replicas) if redis else None
+    shared = RedisLimiter(redis, clock, replicas=settings.replicas) if redis else None
 
     # The record of what is done here.
     spool = Spool.open(

@@ -1,7 +1,6 @@
 """What every limiter keeps: the one in memory, and the one in Redis on a real Valkey.
 
-Time of the first is moved by hand; Valkey's own time goes on by itself, so there is a test waits for as little
-as it can.
+Time of the first is moved by hand; Valkey's own goes on by itself, so what has to wait for it waits little.
 """
 
 from __future__ import annotations
@@ -17,7 +16,7 @@ from hypothesis import strategies as st
 
 from services.gateway.limits.limiter import NOTHING, Amounts, Hold, Refused, asked, used
 from services.gateway.limits.memory import MemoryLimiter
-from services.gateway.limits.shared import SharedLimiter
+from services.gateway.limits.redis_limiter import RedisLimiter
 from services.gateway.redis import Redis
 from services.mesh.clock import ManualClock, SystemClock
 from tests.framework.limiters import ONE, Under, limits
@@ -33,7 +32,7 @@ async def under(request: pytest.FixtureRequest) -> AsyncIterator[Under]:
     server: ValkeyServer = request.getfixturevalue("valkey")
     redis = Redis(server.url, SystemClock(), timeout_s=5)
     await redis.start()
-    shared = SharedLimiter(redis, SystemClock(), replicas=2)
+    shared = RedisLimiter(redis, SystemClock(), replicas=2)
     yield Under(shared, asyncio.sleep)
     await shared.stop()
     await redis.stop()
@@ -177,8 +176,8 @@ ACTIONS = st.lists(
 async def test_nothing_leaks_whatever_happens(
     under: Under, actions: list[tuple[str, int]], picks: Any
 ) -> None:
-    """After any sequence nothing is reserved, what is settled equals the usage, and never was more let through
-    than a limit allows."""
+    """After any sequence nothing is reserved, what is settled equals the usage, and never was more let
+    through than a limit allows."""
     on = limits(rpm=10**9, concurrent=4, tokens_a_day=500, money_a_month=50_000)
     held: list[Hold] = []
     usage = 0

@@ -1,4 +1,4 @@
-"""Limiters under test: in memory, and in a real Valkey. Limits are made by hand, one subject for each test."""
+"""Limiters under test: in memory, and in a real Valkey, with limits made by hand."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ CONCURRENT, BUDGET, MONEY = LimitUnit.CONCURRENT_REQUESTS, LimitUnit.BUDGET_TOKE
 
 
 def limits(**given: int) -> tuple[Limit, ...]:
-    """Of a caller whom nobody else shares them with: `limits(rpm=60, tokens_a_day=1000)`; rates come first."""
+    """Of a caller whom nobody shares them with: `limits(rpm=60, tokens_a_day=1000)`; rates come first."""
     subject = f"tenant:t{next(_subjects)}"
     kinds = {
         "rpm": (RPM, BudgetPeriod.NONE),

@@ -6,7 +6,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from services.gateway.auditing import RequestRecord
-from services.gateway.generation import Prompt, Usage, ValidGeneration
+from services.gateway.generation import Usage, ValidGeneration
 from services.gateway.limits.headers import rate_limit_headers
 from services.gateway.limits.limiter import NOTHING, Hold, Limit, Limiter, Refused, Standing, asked, used
 from services.gateway.limits.plans import Plans
@@ -18,9 +18,6 @@ from services.mesh.policy import ModelPrice
 HOLD_SPARE_S = 5.0
 """A reservation outlives the request's deadline by so much: it expires only where nobody settles it."""
 MAX_HOLD_S = 3600.0
-BYTES_PER_TOKEN = 4
-TOKENS_PER_MESSAGE = 4
-"""What a chat template puts around each."""
 
 
 class Ticket:
@@ -88,7 +85,7 @@ class Limits:
         limits = applying.limits
         if not limits:
             return Ticket(self._limiter, _NO_HOLD, applying.price, 0, 0)
-        prompt_tokens = estimated_tokens(request.prompt)
+        prompt_tokens = request.prompt.estimated_tokens
         completion_tokens = request.n * (request.max_tokens or self._assumed_tokens)
         amounts = asked(*_most(applying.price, prompt_tokens, completion_tokens))
         hold_s = min(record.deadline_s - self._clock.monotonic() + HOLD_SPARE_S, MAX_HOLD_S)
@@ -108,21 +105,6 @@ class Limits:
 
 
 _NO_HOLD = Hold(0, (), NOTHING, ())
-
-
-def estimated_tokens(prompt: Prompt) -> int:
-    """Of a prompt that nobody has counted yet."""
-    tokens = _tokens(prompt.text)
-    for message in prompt.messages:
-        tokens += TOKENS_PER_MESSAGE
-        for part in message.parts:
-            tokens += _tokens(part)
-    return tokens
-
-
-def _tokens(text: str) -> int:
-    size = len(text) if text.isascii() else len(text.encode())
-    return -(-size // BYTES_PER_TOKEN)
 
 
 def _most(price: ModelPrice, prompt_tokens: int, completion_tokens: int) -> tuple[int, int]:

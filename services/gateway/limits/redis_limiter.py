@@ -26,7 +26,7 @@ SPARE_S = 2 * MINUTE_S
 
 
 @dataclass(slots=True, eq=False)
-class _SharedHold(Hold):
+class _RedisHold(Hold):
     names: list[str] = field(default_factory=list)
     """Of the counters, in the period in which it was made."""
     expires_s: float = 0.0
@@ -34,7 +34,7 @@ class _SharedHold(Hold):
     """What runs at the same time is also counted here, for when Redis is lost."""
 
 
-class SharedLimiter:
+class RedisLimiter:
     """A `Limiter`; a component, to be stopped before Redis is."""
 
     def __init__(self, redis: Redis, clock: Clock, *, replicas: int) -> None:
@@ -57,7 +57,7 @@ class SharedLimiter:
 
     async def reserve(self, limits: Sequence[Limit], amounts: Amounts, hold_s: float) -> Hold:
         if limits and self._redis.is_available:
-            hold = _SharedHold(
+            hold = _RedisHold(
                 0,
                 limits,
                 amounts,
@@ -84,7 +84,7 @@ class SharedLimiter:
         return hold_here
 
     def correct(self, hold: Hold, amounts: Amounts) -> None:
-        if not isinstance(hold, _SharedHold):
+        if not isinstance(hold, _RedisHold):
             self._local.correct(hold, amounts)
         elif hold.limits and not hold.settled:
             hold.amounts = amounts
@@ -93,7 +93,7 @@ class SharedLimiter:
     def settle(self, hold: Hold, amounts: Amounts) -> None:
         if hold.settled:
             return
-        if isinstance(hold, _SharedHold):
+        if isinstance(hold, _RedisHold):
             hold.settled = True
             if hold.lease is not None:
                 self._local.settle(hold.lease, NOTHING)
@@ -106,7 +106,7 @@ class SharedLimiter:
         names = [self._local.name(limit) for limit in limits]
         if limits and self._redis.is_available:
             try:
-                _, found = await self._ask("look", _SharedHold(0, limits, NOTHING, (), names=names), NOTHING)
+                _, found = await self._ask("look", _RedisHold(0, limits, NOTHING, (), names=names), NOTHING)
             except RedisLost:
                 pass
             else:
@@ -117,7 +117,7 @@ class SharedLimiter:
         while self._tasks:
             await asyncio.wait(tuple(self._tasks))
 
-    def _taken(self, hold: _SharedHold, allowed: bool, found: list[tuple[float, int]]) -> Hold:
+    def _taken(self, hold: _RedisHold, allowed: bool, found: list[tuple[float, int]]) -> Hold:
         hold.standings = self._standings(hold.limits, found)
         if not allowed:
             raise counting.refusal(
@@ -140,7 +140,7 @@ class SharedLimiter:
         ]
 
     async def _ask(
-        self, what: str, hold: _SharedHold, amounts: Amounts
+        self, what: str, hold: _RedisHold, amounts: Amounts
     ) -> tuple[bool, list[tuple[float, int]]]:
         """Whether it was allowed, and (value, reserved) of each limit. Raises RedisLost."""
         hold_s = max(0.0, hold.expires_s - self._clock.monotonic())
@@ -165,7 +165,7 @@ class SharedLimiter:
                 self._local.observe(limit, value)
         return bool(allowed), found
 
-    async def _tell(self, what: str, hold: _SharedHold, amounts: Amounts) -> None:
+    async def _tell(self, what: str, hold: _RedisHold, amounts: Amounts) -> None:
         try:
             await self._ask(what, hold, amounts)
         except RedisLost:
