@@ -7,8 +7,8 @@ bits and are compared in memory, and to keep a service from its token would stop
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator, Iterator
-from contextlib import asynccontextmanager, contextmanager
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 from services.auth.credentials.keys import API_KEY_PREFIX, is_api_key
 from services.mesh import context as request_context
@@ -16,7 +16,7 @@ from services.mesh.access_token import SERVICE_PREFIX
 from services.mesh.actions import OPEN_METHODS
 from services.mesh.context import Caller
 from services.mesh.errors import LlmosError
-from services.mesh.interceptors import Call
+from services.mesh.interceptors import Call, Rest
 from services.mesh.slowdown import Slowdown
 from services.mesh.tokens import Verifier, bearer
 
@@ -30,8 +30,7 @@ class Guard:
         self._slowdown = slowdown
         self._verifier = verifier
 
-    @asynccontextmanager
-    async def link(self, call: Call) -> AsyncIterator[None]:
+    async def link(self, call: Call, rest: Rest) -> None:
         """Finds out which service an open method is called by, if any; a bad token says nothing there."""
         if call.context.method in OPEN_METHODS and "authorization" in call.metadata:
             try:
@@ -41,7 +40,7 @@ class Guard:
             else:
                 if verified.is_service:
                     call.context.caller = Caller(peer_service=verified.subject)
-        yield
+        await rest()
 
     @contextmanager
     def attempt(self, name: str) -> Iterator[None]:

@@ -12,8 +12,7 @@ from __future__ import annotations
 import asyncio
 import bisect
 import logging
-from collections.abc import AsyncGenerator, AsyncIterator, Set
-from contextlib import asynccontextmanager
+from collections.abc import AsyncGenerator, Set
 from dataclasses import dataclass
 from operator import attrgetter
 
@@ -21,7 +20,7 @@ from services.auth import store as stored
 from services.auth.store import Store
 from services.mesh.clock import Clock
 from services.mesh.errors import LlmosError
-from services.mesh.interceptors import Call, Link
+from services.mesh.interceptors import Call, Link, Rest
 from services.mesh.policy import PolicyDocument
 from services.mesh.revocation import MAX_ENTRIES, Revocation, RevocationList
 from services.mesh.watching import PolicyAnswer, RevocationsAnswer
@@ -87,10 +86,9 @@ class Hub:
     def link(self, methods: Set[str]) -> Link:
         """A link of the chain that wakes the hub after each call of these methods."""
 
-        @asynccontextmanager
-        async def wake(call: Call) -> AsyncIterator[None]:
+        async def wake(call: Call, rest: Rest) -> None:
             try:
-                yield
+                await rest()
             finally:
                 if call.context.method in methods:
                     self.wake()

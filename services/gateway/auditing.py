@@ -32,7 +32,7 @@ from services.mesh.errors import (
     Status,
 )
 from services.mesh.events import Edge, Outcome, RequestEnded, RequestFacts, RequestStarted
-from services.mesh.interceptors import Call
+from services.mesh.interceptors import Call, Rest
 
 logger = logging.getLogger(__name__)
 
@@ -193,16 +193,15 @@ class AuditTrail:
         while self._writes:
             await asyncio.gather(*self._writes, return_exceptions=True)
 
-    @asynccontextmanager
-    async def link(self, call: Call) -> AsyncIterator[None]:
+    async def link(self, call: Call, rest: Rest) -> None:
         """The link, for the chain. An open method writes its own, once it is known whose request it was."""
         if call.context.method in OPEN_METHODS:
-            yield
+            await rest()
             return
         async with self.around(call.context, _EDGES[call.protocol]) as record:
             if said := call.metadata.get("cache-control"):
                 record.cache_control = str(said)
-            yield
+            await rest()
 
     @asynccontextmanager
     async def around(self, context: RequestContext, edge: Edge) -> AsyncIterator[RequestRecord]:

@@ -9,15 +9,14 @@ from __future__ import annotations
 
 import hashlib
 from collections import OrderedDict
-from collections.abc import AsyncIterator, Mapping
-from contextlib import asynccontextmanager
+from collections.abc import Mapping
 
 from services.gateway.keys import PREFIX, KeyRing, is_api_key
 from services.gateway.ports import AuditPort
 from services.mesh.actions import GET_JWKS, OPEN_METHODS
 from services.mesh.context import Caller
 from services.mesh.errors import CredentialInvalid, LlmosError
-from services.mesh.interceptors import Call
+from services.mesh.interceptors import Call, Rest
 from services.mesh.slowdown import Slowdown
 from services.mesh.tokens import Verifier, bearer
 
@@ -89,17 +88,16 @@ class OpenMethodGuard:
         self._audit = audit
         self._slowdown = slowdown
 
-    @asynccontextmanager
-    async def link(self, call: Call) -> AsyncIterator[None]:
+    async def link(self, call: Call, rest: Rest) -> None:
         """Raises RateLimit where the caller's address has to wait. Here the address alone counts; by the
         client's id auth counts (`services.auth.guard`)."""
         if call.context.method not in PROVING_METHODS:
-            yield
+            await rest()
             return
         source_address = call.context.source_address
         try:
             with self._slowdown.attempt(source_address):
-                yield
+                await rest()
         except LlmosError as error:
             self._audit.count_anonymous(source_address, error.reason)
             raise

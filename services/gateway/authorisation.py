@@ -6,8 +6,7 @@ model, the number of tokens, the task or the labels; the use case asks again whe
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator, Mapping
-from contextlib import asynccontextmanager
+from collections.abc import Mapping
 from dataclasses import replace
 from typing import Protocol
 
@@ -16,7 +15,7 @@ from services.mesh.clock import Clock
 from services.mesh.context import Identity
 from services.mesh.decision import Decision, Facts, PolicyEngine
 from services.mesh.errors import PolicyDenied, ScopeMissing
-from services.mesh.interceptors import Call
+from services.mesh.interceptors import Call, Rest
 
 GENERATE = "/llmos.gateway.v1.GenerationService/StreamGenerate"
 LIST_MODELS = "/llmos.gateway.v1.ModelService/ListModels"
@@ -37,8 +36,7 @@ class Authorisation:
         self._policy = policy
         self._clock = clock
 
-    @asynccontextmanager
-    async def link(self, call: Call) -> AsyncIterator[None]:
+    async def link(self, call: Call, rest: Rest) -> None:
         """The chain's link. It stands inside `audit`, so that a refusal leaves an outcome. Open methods pass.
 
         Raises ScopeMissing or PolicyDenied; a method that is not listed is denied to all.
@@ -50,7 +48,7 @@ class Authorisation:
                 facts = Facts(self._clock.now(), context.source_address)
                 scopes = self._policy.engine.allowed_scopes(context.identity, facts)
                 context.caller = replace(context.caller, identity=replace(context.identity, scopes=scopes))
-        yield
+        await rest()
 
     def decide_request(
         self,

@@ -3,13 +3,11 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager
 from typing import Any
 
 from services.mesh.context import Identity
 from services.mesh.errors import CredentialRevoked
-from services.mesh.interceptors import Call
+from services.mesh.interceptors import Call, Rest
 from services.mesh.revocation import Revocation, RevocationList
 
 
@@ -29,15 +27,14 @@ class RunningCredentials:
     def __len__(self) -> int:
         return len(self._identities)
 
-    @asynccontextmanager
-    async def link(self, call: Call) -> AsyncIterator[None]:
+    async def link(self, call: Call, rest: Rest) -> None:
         """The link. It stands inside `audit`, so that the outcome is that of the cut.
 
         Raises CredentialRevoked, also where the revocation came while the call passed the links before.
         """
         identity = call.context.caller.identity
         if identity is None:  # an open method: nobody's
-            yield
+            await rest()
             return
         task = asyncio.current_task()
         if task is None:
@@ -45,7 +42,7 @@ class RunningCredentials:
         self._identities[task] = identity
         try:
             self._revoked.check_identity(identity)
-            yield
+            await rest()
         except asyncio.CancelledError:
             if task not in self._cut:
                 raise

@@ -48,8 +48,9 @@ class Endpoint:
         )
         context.source_address = self._proxies.source_address(client[0] if client else "", exchange.headers)
         try:
-            async with self._chain.around(Call(context, exchange.headers, protocol="http")):
-                await self._guarded(exchange)
+            await self._chain.run(
+                Call(context, exchange.headers, protocol="http"), lambda: self._guarded(exchange)
+            )
         except LlmosError as error:
             await self._fail(exchange, error)
         except asyncio.CancelledError:

@@ -16,6 +16,7 @@ from __future__ import annotations
 import argparse
 import asyncio
 import contextlib
+import gc
 import json
 import logging
 import os
@@ -37,6 +38,9 @@ from services.mesh.settings import ServiceSettings
 from services.mesh.telemetry import Telemetry
 
 logger = logging.getLogger(__name__)
+
+GC_YOUNG_OBJECTS = 10_000
+"""After so many new objects the young ones are looked at; Python's own 700 are less than two requests."""
 
 EXIT_OK, EXIT_FAILED, EXIT_USAGE = 0, 1, 2
 
@@ -98,6 +102,11 @@ class App:
             stack.push_async_callback(self.server.close_probes)
             for edge in self.edges:
                 await edge.start()
+            # What lives as long as the process is not looked at again and again for garbage: with it,
+            # collecting took a sixth of what a request costs.
+            gc.collect()
+            gc.freeze()
+            gc.set_threshold(GC_YOUNG_OBJECTS)
             await self.health.started()
             ports = dict(self.server.ports) | telemetry.ports
             for edge in self.edges:

@@ -10,19 +10,19 @@ From the outside in:
 6. `deadline`: the caller's or the server's cap, whichever is sooner
 7. `identity`: who calls; inside the deadline, since it may have to ask auth
 
-A link is an async context manager around the rest of the call.
+A link is a coroutine function that awaits the rest of the call. A context manager would say the same, and
+cost every call ten microseconds for each link.
 """
 
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import logging
 import secrets
 import string
-from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Set
-from contextlib import AbstractAsyncContextManager, asynccontextmanager
+from collections.abc import Awaitable, Callable, Mapping, Set
 from dataclasses import dataclass, field
+from functools import partial
 
 from services.mesh import context as request_context
 from services.mesh import errors, telemetry
@@ -57,7 +57,9 @@ class Call:
     span: telemetry.Span = field(default=telemetry.NO_SPAN)
 
 
-Link = Callable[[Call], AbstractAsyncContextManager[None]]
+Rest = Callable[[], Awaitable[None]]
+"""What is inside of a link; to be awaited at most once."""
+Link = Callable[[Call, Rest], Awaitable[None]]
 
 
 def new_request_id() -> str:
@@ -70,14 +72,14 @@ class Chain:
 
     def __init__(self, links: Mapping[str, Link]) -> None:
         self.links = dict(links)
+        self._inside_out = tuple(reversed(self.links.values()))
 
-    @asynccontextmanager
-    async def around(self, call: Call) -> AsyncIterator[None]:
+    async def run(self, call: Call, body: Rest) -> None:
         """Runs the call's body inside all links. Raises LlmosError and asyncio.CancelledError only."""
-        async with contextlib.AsyncExitStack() as stack:
-            for link in self.links.values():
-                await stack.enter_async_context(link(call))
-            yield
+        rest = body
+        for link in self._inside_out:
+            rest = partial(link, call, rest)
+        await rest()
 
 
 def server_chain(
@@ -97,32 +99,27 @@ def server_chain(
     on through all hops.
     """
 
-    @asynccontextmanager
-    async def request_id(call: Call) -> AsyncIterator[None]:
+    async def request_id(call: Call, rest: Rest) -> None:
         given = call.metadata.get(REQUEST_ID_KEY)
         if adopt_request_id and isinstance(given, str) and _well_formed(given):
             call.context.request_id = given
         token = request_context.enter(call.context)
         try:
-            yield
+            await rest()
         finally:
-            # A stream may be closed from another context than it ran in.
-            with contextlib.suppress(ValueError):
-                request_context.leave(token)
+            request_context.leave(token)
 
-    @asynccontextmanager
-    async def trace(call: Call) -> AsyncIterator[None]:
+    async def trace(call: Call, rest: Rest) -> None:
         with telemetry.server_span(call.context, call.metadata, call.protocol) as span:
             call.span = span
-            yield
+            await rest()
 
-    @asynccontextmanager
-    async def metrics(call: Call) -> AsyncIterator[None]:
+    async def metrics(call: Call, rest: Rest) -> None:
         begun_s = clock.monotonic()
-        telemetry.calls_running.add(1, {"rpc.method": call.context.method})
+        telemetry.calls_running[call.context.method] += 1
         status = errors.Status.OK
         try:
-            yield
+            await rest()
         except LlmosError as error:
             status = error.status
             raise
@@ -130,7 +127,7 @@ def server_chain(
             status = errors.Status.CANCELLED
             raise
         finally:
-            telemetry.calls_running.add(-1, {"rpc.method": call.context.method})
+            telemetry.calls_running[call.context.method] -= 1
             telemetry.call_ended(
                 call.span, call.context.method, call.protocol, status, clock.monotonic() - begun_s
             )
@@ -138,32 +135,29 @@ def server_chain(
     async def anonymous(method: str, metadata: Metadata, source: str) -> Caller:
         return Caller()
 
-    @asynccontextmanager
-    async def limit(call: Call) -> AsyncIterator[None]:
+    async def limit(call: Call, rest: Rest) -> None:
         with running.enter(watch=call.context.method in watch_methods):
-            yield
+            await rest()
 
-    @asynccontextmanager
-    async def deadline(call: Call) -> AsyncIterator[None]:
+    async def deadline(call: Call, rest: Rest) -> None:
         allowed_s = max_call_s
         if call.time_remaining_s is not None:
             allowed_s = min(allowed_s, call.time_remaining_s - DEADLINE_MARGIN_S)
         call.context.deadline_s = clock.monotonic() + allowed_s
         try:
             async with asyncio.timeout(max(allowed_s, 0)) as timeout:
-                yield
+                await rest()
         except TimeoutError as error:
             if not timeout.expired():
                 raise
             raise errors.DeadlineExceeded("The deadline passed before the answer was complete.") from error
 
-    @asynccontextmanager
-    async def identity(call: Call) -> AsyncIterator[None]:
+    async def identity(call: Call, rest: Rest) -> None:
         authenticate = anonymous if call.context.method in open_methods else authenticator
         call.context.caller = await authenticate(
             call.context.method, call.metadata, call.context.source_address
         )
-        yield
+        await rest()
 
     return Chain(
         {
@@ -178,11 +172,10 @@ def server_chain(
     )
 
 
-@asynccontextmanager
-async def normalised_errors(call: Call) -> AsyncIterator[None]:
+async def normalised_errors(call: Call, rest: Rest) -> None:
     """Lets only LlmosError and CancelledError out."""
     try:
-        yield
+        await rest()
     except LlmosError as error:
         if isinstance(error, errors.Internal):
             logger.exception("%s failed: %s", call.context.method, error.message)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import inspect
 import logging
-from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Mapping
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterable
 from contextlib import aclosing, asynccontextmanager
 from typing import Any
 from urllib.parse import unquote
@@ -154,6 +154,8 @@ class _ChainInterceptor(grpc.aio.ServerInterceptor):
         self._proxies = proxies
         self._write_timeout_s = write_timeout_s
         self._validate = validate
+        self._handlers: dict[str, grpc.RpcMethodHandler[Any, Any]] = {}
+        """By method: those that the server has, each wrapped once."""
         self._infrastructure: set[asyncio.Task[Any]] = set()
         self._stopping = False
 
@@ -168,11 +170,20 @@ class _ChainInterceptor(grpc.aio.ServerInterceptor):
         continuation: Callable[[grpc.HandlerCallDetails], Awaitable[grpc.RpcMethodHandler[Any, Any] | None]],
         details: grpc.HandlerCallDetails,
     ) -> grpc.RpcMethodHandler[Any, Any] | None:
-        handler = await continuation(details)
         method = details.method
+        known = self._handlers.get(method)
+        if known is not None:
+            return known
+        handler = await continuation(details)
         if handler is None:
             return handler
-        metadata = _joined(details.invocation_metadata or ())
+        wrapped = self._wrapped(method, handler)
+        self._handlers[method] = wrapped
+        return wrapped
+
+    def _wrapped(
+        self, method: str, handler: grpc.RpcMethodHandler[Any, Any]
+    ) -> grpc.RpcMethodHandler[Any, Any]:
         arguments = {
             "request_deserializer": handler.request_deserializer,
             "response_serializer": handler.response_serializer,
@@ -191,64 +202,66 @@ class _ChainInterceptor(grpc.aio.ServerInterceptor):
         single = {"response_serializer": handler.response_serializer}
         if handler.unary_unary:
             return grpc.unary_unary_rpc_method_handler(
-                self._unary(method, metadata, handler.unary_unary, parse), **single
+                self._unary(method, handler.unary_unary, parse), **single
             )
         if handler.unary_stream:
             return grpc.unary_stream_rpc_method_handler(
-                self._stream(method, metadata, handler.unary_stream, parse), **single
+                self._stream(method, handler.unary_stream, parse), **single
             )
         if handler.stream_unary:
             return grpc.stream_unary_rpc_method_handler(
-                self._unary(method, metadata, handler.stream_unary), **arguments
+                self._unary(method, handler.stream_unary), **arguments
             )
         if handler.stream_stream is None:
             raise TypeError(f"{method} has none of the four arities")
-        return grpc.stream_stream_rpc_method_handler(
-            self._stream(method, metadata, handler.stream_stream), **arguments
-        )
+        return grpc.stream_stream_rpc_method_handler(self._stream(method, handler.stream_stream), **arguments)
 
     def _unary(
         self,
         method: str,
-        metadata: Mapping[str, Any],
         behaviour: Callable[..., Any],
         parse: Callable[[bytes], Any] | None = None,
     ) -> Callable[..., Any]:
         async def serve(request: Any, servicer_context: Any) -> Any:
-            async with self._around(method, metadata, servicer_context) as call:
-                request = self._checked(request, parse)
-                response = await behaviour(request, servicer_context)
-                await _send_headers(call, servicer_context)
-                _set_trailers(call, servicer_context)
-                return response
+            response: Any = None
+
+            async def body() -> None:
+                nonlocal response
+                response = await behaviour(self._checked(request, parse), servicer_context)
+
+            call = await self._run(method, servicer_context, lambda _: body())
+            # With the answer itself: headers of their own would cost one more operation of grpc's.
+            servicer_context.set_trailing_metadata(_trailers(call))
+            return response
 
         return serve
 
     def _stream(
         self,
         method: str,
-        metadata: Mapping[str, Any],
         behaviour: Callable[..., Any],
         parse: Callable[[bytes], Any] | None = None,
     ) -> Callable[..., Any]:
         async def serve(request: Any, servicer_context: Any) -> None:
-            async with self._around(method, metadata, servicer_context) as call:
-                request = self._checked(request, parse)
+            async def body(call: Call) -> None:
+                parsed = self._checked(request, parse)
                 if not inspect.isasyncgenfunction(behaviour):
-                    await behaviour(request, servicer_context)
+                    await behaviour(parsed, servicer_context)
                     return
                 first = True
                 async with (
                     _writing(servicer_context, self._write_timeout_s) as write,
-                    aclosing(behaviour(request, servicer_context)) as responses,
+                    aclosing(behaviour(parsed, servicer_context)) as responses,
                 ):
                     async for response in responses:
                         if first:
                             # Not sooner: the first header commits a call, after which it is not retried.
-                            await _send_headers(call, servicer_context)
+                            await servicer_context.send_initial_metadata(_identifying(call))
                             first = False
                         await write(response)
-                _set_trailers(call, servicer_context)
+
+            call = await self._run(method, servicer_context, body)
+            servicer_context.set_trailing_metadata(_trailers(call))
 
         return serve
 
@@ -281,10 +294,9 @@ class _ChainInterceptor(grpc.aio.ServerInterceptor):
             validation.validate(request)
         return request
 
-    @asynccontextmanager
-    async def _around(
-        self, method: str, metadata: Mapping[str, Any], servicer_context: Any
-    ) -> AsyncIterator[Call]:
+    async def _run(self, method: str, servicer_context: Any, body: Callable[[Call], Awaitable[None]]) -> Call:
+        """Serves a call inside the chain; ends it with its status where that raises."""
+        metadata = _joined(servicer_context.invocation_metadata() or ())
         address = self._proxies.source_address(peer_address(servicer_context.peer()), metadata)
         call = Call(
             RequestContext(new_request_id(), method, address),
@@ -292,10 +304,10 @@ class _ChainInterceptor(grpc.aio.ServerInterceptor):
             servicer_context.time_remaining(),
         )
         try:
-            async with self._chain.around(call):
-                yield call
+            await self._chain.run(call, lambda: body(call))
         except LlmosError as error:
             await _abort(servicer_context, error, call)
+        return call
 
 
 @asynccontextmanager
@@ -352,8 +364,7 @@ async def _abort(servicer_context: Any, error: LlmosError, call: Call) -> None:
     details = status.to_status(error, call.context.request_id)
     servicer_context.set_trailing_metadata(
         (
-            *_identifying(call),
-            *call.context.response_metadata.items(),
+            *_trailers(call),
             (status.DETAILS_KEY, details.SerializeToString()),
         )
     )
@@ -375,13 +386,8 @@ def _identifying(call: Call) -> tuple[tuple[str, str], ...]:
     return tuple(pair for pair in pairs if pair[1])
 
 
-async def _send_headers(call: Call, servicer_context: Any) -> None:
-    await servicer_context.send_initial_metadata(_identifying(call))
-
-
-def _set_trailers(call: Call, servicer_context: Any) -> None:
-    if call.context.response_metadata:
-        servicer_context.set_trailing_metadata(tuple(call.context.response_metadata.items()))
+def _trailers(call: Call) -> tuple[tuple[str, str], ...]:
+    return (*_identifying(call), *call.context.response_metadata.items())
 
 
 def peer_address(peer: str) -> str:

@@ -11,8 +11,8 @@ from __future__ import annotations
 import cProfile
 import os
 import sys
-from collections.abc import AsyncIterator, Callable, Iterator, Mapping
-from contextlib import asynccontextmanager, contextmanager
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any
 
 from services.gateway import app, auditing
@@ -23,7 +23,7 @@ from services.gateway.settings import GatewaySettings
 from services.gateway.telemetry import Instruments, Measured
 from services.mesh.app import run
 from services.mesh.context import Caller, Identity
-from services.mesh.interceptors import Call, Chain
+from services.mesh.interceptors import Call, Chain, Rest
 from services.mesh.telemetry import NO_SPAN
 
 SCOPES = frozenset({"generate", "models.read"})
@@ -103,8 +103,7 @@ class NoRecord(RequestRecord):
 class NoTrail(AuditTrail):
     """Instead of the audit link."""
 
-    @asynccontextmanager
-    async def link(self, call: Call) -> AsyncIterator[None]:
+    async def link(self, call: Call, rest: Rest) -> None:
         record = NoRecord(
             call.context,
             auditing._EDGES[call.protocol],
@@ -113,7 +112,7 @@ class NoTrail(AuditTrail):
             audit=self._audit,
         )
         auditing._current.set(record)
-        yield
+        await rest()
 
 
 class NoSpool(Nobody):

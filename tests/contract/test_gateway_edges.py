@@ -17,7 +17,7 @@ from services.gateway.generation import EngineStarted, ValidGeneration
 from services.mesh import errors, status
 from services.mesh.errors import LlmosError
 from services.mesh.events import Outcome
-from services.mesh.interceptors import Call
+from services.mesh.interceptors import Call, Rest
 from tests.framework import gateway_grpc, gateway_http
 from tests.framework.gateway_fakes import Bench, FakeReplica, Gate, Step, answer
 
@@ -275,10 +275,9 @@ async def test_what_the_use_case_says_beside_the_answer_is_sent(
     """`response_metadata`: headers on HTTP, trailing metadata on gRPC, of answers and of errors."""
     bench = Bench([FakeReplica([errors.Overloaded("x")] if refused else answer("Hi"))])
 
-    @asynccontextmanager
-    async def link(call: Call) -> AsyncIterator[None]:
+    async def link(call: Call, rest: Rest) -> None:
         current_record().response_metadata["x-test-left"] = "7"
-        yield
+        await rest()
 
     bench.extra_link = link
     if kind == "http":

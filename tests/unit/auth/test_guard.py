@@ -40,14 +40,19 @@ class Guarded:
         audience = Audience.AUTH if client_id.startswith("service:") else Audience.GATEWAY
         metadata = {"authorization": f"Bearer {token}"} if token else {}
         call = Call(RequestContext("req", METHOD, address), metadata)
+        reason = ""
+
+        async def prove() -> None:
+            nonlocal reason
+            try:
+                with self.guard.attempt(client_id):
+                    await self.auth.exchange.by_secret(client_id, secret, audience, ())
+            except (CredentialInvalid, RateLimit) as error:
+                reason = error.reason
+
         with _serving(call.context):
-            async with self.guard.link(call):
-                try:
-                    with self.guard.attempt(client_id):
-                        await self.auth.exchange.by_secret(client_id, secret, audience, ())
-                except (CredentialInvalid, RateLimit) as error:
-                    return error.reason
-        return ""
+            await self.guard.link(call, prove)
+        return reason
 
 
 @contextmanager

@@ -56,9 +56,12 @@ class Gateway:
 
     async def issue(self, address: str, error: errors.LlmosError | None = None) -> None:
         """A call of an open method, which ends so."""
-        async with self.guard.link(Call(RequestContext("req", ISSUE, address), {})):
+
+        async def served() -> None:
             if error is not None:
                 raise error
+
+        await self.guard.link(Call(RequestContext("req", ISSUE, address), {}), served)
 
 
 async def test_r25_a_flood_of_bad_keys_is_slowed_and_hardly_reaches_auth() -> None:
@@ -143,5 +146,10 @@ async def test_the_public_keys_are_for_everybody() -> None:
     gateway = Gateway()
     await gateway.flood(50)
     jwks = RequestContext("req", "/llmos.auth.v1.TokenService/GetJwks", ATTACKER)
-    async with gateway.guard.link(Call(jwks, {})):
-        pass
+    served: list[str] = []
+
+    async def serve() -> None:
+        served.append(ATTACKER)
+
+    await gateway.guard.link(Call(jwks, {}), serve)
+    assert served == [ATTACKER]

@@ -82,6 +82,10 @@ def call_of(method: str, identity: Identity | None) -> Call:
     return Call(RequestContext("req_1", method, "192.0.2.1", caller=Caller(identity)), {})
 
 
+async def unreachable() -> None:
+    pytest.fail("it passed")
+
+
 # -- the link --------------------------------------------------------------------------------------------
 
 
@@ -89,15 +93,19 @@ async def test_a_method_that_is_not_listed_is_denied_to_all() -> None:
     authorisation = Authorisation(fixed_policy(), SystemClock())
     everything = Identity("acme", "root", scopes=frozenset({"admin", "tenant.admin", "generate"}))
     with pytest.raises(errors.PolicyDenied, match="not open to anybody"):
-        async with authorisation.link(call_of("/llmos.gateway.v1.New/Method", everything)):
-            pytest.fail("it passed")
+        await authorisation.link(call_of("/llmos.gateway.v1.New/Method", everything), unreachable)
 
 
 @pytest.mark.parametrize("method", sorted(OPEN_METHODS))
 async def test_open_methods_pass_without_an_identity(method: str) -> None:
     bench = Bench([FakeReplica()])
-    async with bench.authorisation.link(call_of(method, None)):
-        pass
+    served: list[str] = []
+
+    async def serve() -> None:
+        served.append(method)
+
+    await bench.authorisation.link(call_of(method, None), serve)
+    assert served == [method]
 
 
 @pytest.mark.parametrize("method", sorted(name for name, action in ACTIONS.items() if action.by_scopes))
@@ -110,9 +118,13 @@ async def test_r26_who_goes_by_scopes_is_told_those_that_policy_allows_now(metho
     identity = caller("boss", scopes="admin audit.read tenant.admin", direct="")
     for address, scopes in (("192.0.2.1", anywhere), ("10.1.2.3", anywhere | {"admin"})):
         call = Call(RequestContext("req_1", method, address, caller=Caller(identity)), {})
-        async with authorisation.link(call):
-            assert call.context.identity.scopes == scopes
-            assert call.context.identity.client_id == identity.client_id
+        seen: list[Identity] = []
+
+        async def serve(call: Call = call, seen: list[Identity] = seen) -> None:
+            seen.append(call.context.identity)
+
+        await authorisation.link(call, serve)
+        assert [(each.scopes, each.client_id) for each in seen] == [(scopes, identity.client_id)]
 
 
 @pytest.mark.parametrize("kind", ["grpc", "http"])

@@ -169,8 +169,8 @@ async def test_an_answer_names_its_request_and_trace(tmp_path: Path, arity: str)
     async with Harness(tmp_path) as harness:
         responses, call = await harness.call(arity)
         assert responses[-1] == b"answer"
-        headers = dict(await call.initial_metadata())
-        assert headers["x-request-id"] == harness.behaviour.seen[0].request_id
+        named = await (call.initial_metadata() if arity.endswith("stream") else call.trailing_metadata())
+        assert dict(named)["x-request-id"] == harness.behaviour.seen[0].request_id
         assert harness.behaviour.seen[0].identity.tenant_id == "acme"
 
 
