@@ -12,8 +12,9 @@ import sys
 import tempfile
 from collections.abc import Mapping, Sequence
 from contextlib import AsyncExitStack
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
+from typing import Any
 
 from deploy.dev.environment import ROOT
 from tests.bench import gateway_figures as figures
@@ -36,8 +37,13 @@ EXIT_MEASURED, EXIT_COULD_NOT = 0, 2
 OURS = (figures.OURS, figures.ALL_ON, figures.OFF)
 SUBJECTS = (*OURS, figures.BARE, figures.LITELLM, figures.SMG)
 PRICE, MEMORY = "price", "memory"
-SWITCHED_ON = ("telemetry", "auth", "authorisation", "limits", "audit")
+SWITCHED_ON = ("telemetry", "auth", "authorisation", "limits", "audit", "cache")
 """One after the other, in the table of prices."""
+TOKEN, KEY, MISS = (
+    "auth: an access token",
+    "auth: an API key in its place",
+    "cache: a greedy request, not found",
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -76,7 +82,7 @@ class Bench:
                 Job(through, MODEL, size.words),
                 Job(through, subject.streamed_model, size.streamed_words, streamed=True),
             ):
-                said = (await self._load.run(job))["text"]
+                said = (await self._run(subject, job))["text"]
                 # The last word is a number, which is another one each time.
                 if said.split()[:-1] != prompt(job.words).split()[:-1] or len(said.split()) != job.words:
                     raise CannotMeasure(f"{subject.name} says {said[:200]!r}")
@@ -89,7 +95,7 @@ class Bench:
         try:
             through, behind = await subject.target(), await subject.behind()
             for target in (behind, through):
-                await self._load.run(Job(target, MODEL, size.words, streams=16, seconds=size.warm_s))
+                await self._run(subject, Job(target, MODEL, size.words, streams=16, seconds=size.warm_s))
             alone_behind = await self._unary(None, behind, 1, size.alone_s)
             alone = await self._unary(subject, through, 1, size.alone_s)
             at_16_behind = await self._unary(None, behind, 16, size.alone_s)
@@ -100,17 +106,19 @@ class Bench:
             subject.rest()
         return Round(alone, alone_behind, at_16, at_16_behind, at_32, streamed)
 
-    async def cpu_per_request(self, subject: Subject) -> float:
-        target = await subject.target()
-        await self._load.run(Job(target, MODEL, self._size.words, streams=16, seconds=self._size.warm_s))
-        return (await self._unary(subject, target, 16, self._size.loaded_s)).cpu_s_per_request
+    async def cpu_per_request(self, subject: Subject, *, greedy: bool) -> float:
+        size = self._size
+        job = Job(await subject.target(), MODEL, size.words, streams=16, seconds=size.warm_s, greedy=greedy)
+        await self._run(subject, job)
+        done, used_s = await self._timed(subject, replace(job, seconds=size.loaded_s))
+        return used_s / float(done["requests"])
 
     async def memory(self, subject: Subject, requests: int) -> Memory:
         """Of one that has just been started, and checked."""
         subject.wake()
         idle = resident(subject)
         target = await subject.target()
-        await self._load.run(Job(target, MODEL, self._size.words, streams=16, requests=requests))
+        await self._run(subject, Job(target, MODEL, self._size.words, streams=16, requests=requests))
         loaded = resident(subject)
         await asyncio.sleep(self._size.memory_later_s)
         later = resident(subject)
@@ -118,11 +126,11 @@ class Bench:
         return Memory(idle, loaded, later, requests)
 
     async def _unary(self, subject: Subject | None, target: Target, streams: int, seconds: float) -> Unary:
-        processes = subject.processes() if subject else {}
-        before = sum(cpu_s(processes).values())
-        done = await self._load.run(Job(target, MODEL, self._size.words, streams=streams, seconds=seconds))
-        used = sum(cpu_s(processes).values()) - before
-        return Unary(done["requests"] / done["took_s"], done["p50_s"], done["p99_s"], used / done["requests"])
+        job = Job(target, MODEL, self._size.words, streams=streams, seconds=seconds)
+        done, used_s = await self._timed(subject, job)
+        return Unary(
+            done["requests"] / done["took_s"], done["p50_s"], done["p99_s"], used_s / done["requests"]
+        )
 
     async def _streamed(self, subject: Subject, target: Target) -> Streamed:
         size = self._size
@@ -134,16 +142,28 @@ class Bench:
             streams=size.streams,
             seconds=size.loaded_s,
         )
-        processes = subject.processes()
-        before = sum(cpu_s(processes).values())
-        done = await self._load.run(job)
-        used = sum(cpu_s(processes).values()) - before
+        done, used_s = await self._timed(subject, job)
         if done["tokens"] != done["requests"] * size.streamed_words:
             per_stream = done["tokens"] / done["requests"]
             raise CannotMeasure(
                 f"{subject.name} streams {per_stream:.1f} pieces for {size.streamed_words} tokens"
             )
-        return Streamed(done["tokens"] / done["took_s"], used / done["tokens"])
+        return Streamed(done["tokens"] / done["took_s"], used_s / done["tokens"])
+
+    async def _timed(self, subject: Subject | None, job: Job) -> tuple[dict[str, Any], float]:
+        """What the load says, and the CPU seconds of the subject meanwhile."""
+        processes = subject.processes() if subject else {}
+        before_s = sum(cpu_s(processes).values())
+        done = await self._run(subject, job)
+        return done, sum(cpu_s(processes).values()) - before_s
+
+    async def _run(self, subject: Subject | None, job: Job) -> dict[str, Any]:
+        """Raises CannotMeasure, with what the subject has logged."""
+        try:
+            return await self._load.run(job)
+        except CannotMeasure as error:
+            logged = f" Its last lines:\n{subject.process.tail(30)}" if subject else ""
+            raise CannotMeasure(f"{subject.name if subject else 'an upstream'}: {error}{logged}") from error
 
 
 def resident(subject: Subject) -> int:
@@ -154,24 +174,16 @@ class Prices:
     """Gateways with more and more parts switched on, and what a request costs them."""
 
     def __init__(self, platform: Platform) -> None:
-        self._subjects: dict[str, Own] = {}
-        on: list[str] = []
-        without = [part for part in ALL if part not in on]
-        self._add("nothing", platform, without, token=True)
-        for part in SWITCHED_ON:
-            on.append(part)
-            without = [part for part in ALL if part not in on]
-            self._add(f"{part} (access token)" if part == "auth" else part, platform, without, token=True)
+        self._subjects: dict[str, Own] = {"nothing": self._with(platform, ())}
+        for index, part in enumerate(SWITCHED_ON, 1):
+            on = self._with(platform, SWITCHED_ON[:index])
+            self._subjects[{"auth": TOKEN, "cache": MISS}.get(part, part)] = on
             if part == "auth":
-                last = self._subjects["auth (access token)"]
-                self._share("API key in its place", platform, last)
+                self._subjects[KEY] = Own(KEY, platform, on.own, "grpc", token=False)
 
-    def _add(self, name: str, platform: Platform, without: Sequence[str], *, token: bool) -> None:
-        process = OwnProcess(platform, f"price-{len(self._subjects)}", without=without)
-        self._subjects[name] = Own(name, platform, process, "grpc", token=token)
-
-    def _share(self, name: str, platform: Platform, other: Own) -> None:
-        self._subjects[name] = Own(name, platform, other.own, "grpc", token=False)
+    def _with(self, platform: Platform, on: Sequence[str]) -> Own:
+        process = OwnProcess(platform, f"price-{len(on)}", without=[part for part in ALL if part not in on])
+        return Own(process.process.name, platform, process, "grpc", token=True)
 
     async def start(self) -> None:
         for subject in self._subjects.values():
@@ -182,7 +194,7 @@ class Prices:
         names = list(self._subjects)
         for index in range(rounds):
             for name in names if index % 2 == 0 else reversed(names):
-                found[name].append(await bench.cpu_per_request(self._subjects[name]))
+                found[name].append(await bench.cpu_per_request(self._subjects[name], greedy=name == MISS))
             last = ", ".join(f"{name} {values[-1] * 1e6:.0f}" for name, values in found.items())
             say(f"prices {index + 1}/{rounds}, us: {last}")
         return found
@@ -325,7 +337,7 @@ async def bench(wanted: Sequence[str], size: Size, folder: Path, say: Progress, 
     say(f"raw rounds: {report.write('gateway', content).relative_to(ROOT)}")
     tables = figures.tables(found.rounds) if found.rounds else []
     tables += [figures.memory_table(found.memory)] if found.memory else []
-    tables += [figures.price_table(found.prices)] if found.prices else []
+    tables += [figures.price_table(found.prices, KEY)] if found.prices else []
     report.show(tables, made)
 
 

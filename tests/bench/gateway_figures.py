@@ -153,19 +153,19 @@ def memory_table(memory: Mapping[str, Memory]) -> Table:
     return found
 
 
-def price_table(prices: Mapping[str, Sequence[float]]) -> Table:
-    """CPU seconds of a request by what is switched on, in the order in which it was."""
+def price_table(prices: Mapping[str, Sequence[float]], aside: str = "") -> Table:
+    """CPU seconds of a request by what is switched on, in the order in which it was. What comes after the row
+    `aside` does not stand on it."""
     title = "The price of each policy: CPU of the gateway for one unary request over gRPC, us"
     found = Table(title=title, title_justify="left")
     for column in ("switched on, one after the other", "in all", "more"):
         found.add_column(column, justify="left" if column.startswith("switched") else "right")
     before: Sequence[float] | None = None
     for name, each in prices.items():
-        more = (
-            ""
-            if before is None
-            else str(Spread.of([(now - then) * 1e6 for now, then in zip(each, before, strict=True)]))
-        )
+        more = ""
+        if before is not None:
+            more = str(Spread.of([(now - then) * 1e6 for now, then in zip(each, before, strict=True)]))
         found.add_row(name, str(Spread.of([value * 1e6 for value in each])), more)
-        before = each
+        if name != aside:
+            before = each
     return found

@@ -59,6 +59,8 @@ class Job:
     streams: int = 1
     seconds: float = 0.0
     requests: int = 0
+    greedy: bool = False
+    """At temperature 0, so that a cache may keep the answer; else the temperature is left to the model."""
 
     def line(self) -> bytes:
         return json.dumps(asdict(self)).encode() + b"\n"
@@ -167,12 +169,12 @@ class HttpClient:
     """OpenAI's chat completions."""
 
     def __init__(self, job: Job, connection: _Connection) -> None:
-        body = {
+        body: dict[str, Any] = {
             "model": job.model,
             "messages": [{"role": "user", "content": prompt(job.words)}],
             "max_tokens": job.words,
-            "temperature": 0,
-        } | ({"stream": True} if job.streamed else {})
+        }
+        body |= ({"temperature": 0} if job.greedy else {}) | ({"stream": True} if job.streamed else {})
         content = json.dumps(body).encode()
         lines = [
             "POST /v1/chat/completions HTTP/1.1",
@@ -233,7 +235,7 @@ class GrpcClient:
                     ]
                 )
             ),
-            sampling=generation_pb2.SamplingParams(temperature=0.0),
+            sampling=generation_pb2.SamplingParams(temperature=0.0 if job.greedy else None),
             max_tokens=job.words,
         )
         self._metadata = tuple(

@@ -81,7 +81,7 @@ class NoPermit:
 
     async def __aexit__(self, *ended: object) -> None: ...
 
-    def first_token(self) -> None: ...
+    def first_token(self, *args: Any) -> None: ...
 
 
 class NotMeasured(Instruments):
@@ -131,8 +131,11 @@ PARTS: Mapping[str, Mapping[str, type]] = {
     "authorisation": {"Authorisation": EverythingIsAllowed},
     "limits": {"Admission": NoLimit},
     "audit": {"AuditTrail": NoTrail, "Spool": NoSpool, "Relay": Nobody, "KafkaPublisher": Nobody},
+    "cache": {},
 }
 """What can be left out, and which names of `services.gateway.app` then mean something else."""
+SETTINGS: Mapping[str, Mapping[str, str]] = {"cache": {"LLMOS_GATEWAY_CACHE_MAX_BYTES": "0"}}
+"""What is switched off by a setting."""
 LINKS: Mapping[str, frozenset[str]] = {
     "telemetry": frozenset({"trace", "metrics"}),
     "auth": frozenset({"slowdown", "revoked"}),
@@ -146,8 +149,9 @@ def leave_out(parts: frozenset[str]) -> None:
     """Raises AttributeError where the composition has no such part."""
     for part in parts:
         for name, instead in PARTS[part].items():
-            getattr(app, name)
+            getattr(app, name)  # it must be there
             setattr(app, name, instead)
+        os.environ.update(SETTINGS.get(part, {}))
     gone = frozenset[str]().union(*(LINKS.get(part, ()) for part in parts))
 
     def chain(links: Mapping[str, Any]) -> Chain:

@@ -142,7 +142,7 @@ class OwnProcess:
     async def _both_models(self) -> None:
         """Returns when it knows both replicas."""
         headers = {"authorization": f"Bearer {self._platform.key}"}
-        async with httpx.AsyncClient(trust_env=False, headers=headers) as client, asyncio.timeout(10):
+        async with httpx.AsyncClient(trust_env=False, headers=headers) as client, asyncio.timeout(30):
             while True:
                 answer = (await client.get(f"http://{self.http}/v1/models")).json()
                 if {MODEL, PIECES} <= {each["id"] for each in answer["data"]}:
