@@ -37,7 +37,7 @@ EXIT_MEASURED, EXIT_COULD_NOT = 0, 2
 OURS = (figures.OURS, figures.ALL_ON, figures.OFF)
 SUBJECTS = (*OURS, figures.BARE, figures.LITELLM, figures.SMG)
 PRICE, MEMORY = "price", "memory"
-SWITCHED_ON = ("telemetry", "auth", "authorisation", "limits", "audit", "cache")
+SWITCHED_ON = ("telemetry", "auth", "authorisation", "limits", "admission", "audit", "cache")
 """One after the other, in the table of prices."""
 TOKEN, KEY, MISS = (
     "auth: an access token",

@@ -57,8 +57,25 @@ class EverythingIsAllowed(Authorisation):
         return True
 
 
-class NoLimit(Nobody):
-    """Instead of admission."""
+class NoTicket(Nobody):
+    """What `NoLimits` gives."""
+
+    def correct(self, *args: Any) -> None: ...
+
+    def settle(self, *args: Any) -> None: ...
+
+
+class NoLimits(Nobody):
+    """Instead of the limits of plans."""
+
+    _ticket = NoTicket()
+
+    async def reserve(self, *args: Any, **facts: Any) -> NoTicket:
+        return self._ticket
+
+
+class NoAdmission(Nobody):
+    """Instead of permits and the queue."""
 
     def permit(self, *args: Any, **facts: Any) -> NoPermit:
         return NoPermit()
@@ -129,7 +146,8 @@ PARTS: Mapping[str, Mapping[str, type]] = {
     "telemetry": {"Instruments": NotMeasured},
     "auth": {"GatewayAuthenticator": EveryoneIsIn},
     "authorisation": {"Authorisation": EverythingIsAllowed},
-    "limits": {"Admission": NoLimit},
+    "limits": {"Limits": NoLimits},
+    "admission": {"Admission": NoAdmission},
     "audit": {"AuditTrail": NoTrail, "Spool": NoSpool, "Relay": Nobody, "KafkaPublisher": Nobody},
     "cache": {},
 }
