@@ -15,12 +15,6 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-from redis.asyncio import BlockingConnectionPool
-from redis.asyncio import Redis as Client
-from redis.asyncio.retry import Retry
-from redis.backoff import NoBackoff
-from redis.exceptions import NoScriptError, RedisError
-
 from services.gateway.settings import GatewaySettings
 from services.mesh.app import StartError
 from services.mesh.clock import Clock
@@ -58,10 +52,15 @@ class Redis:
     ) -> None:
         """`url` is `redis://`, `rediss://` or `unix://`. `timeout_s` is all that a call may take, the wait
         for a connection included. Opens nothing yet."""
+        # here, since most gateways have no Redis: its import is a fifth of what a start costs
+        import redis.asyncio
+        from redis.asyncio.retry import Retry
+        from redis.backoff import NoBackoff
+
         options: dict[str, Any] = {} if password is None else {"password": password}
         if ca_file is not None:
             options["ssl_ca_certs"] = str(ca_file)
-        self._pool = BlockingConnectionPool.from_url(
+        self._pool = redis.asyncio.BlockingConnectionPool.from_url(
             url,
             max_connections=max_connections,
             timeout=timeout_s,
@@ -71,10 +70,12 @@ class Redis:
             protocol=2,
             **options,
         )
-        client = Client(connection_pool=self._pool)
+        client = redis.asyncio.Redis(connection_pool=self._pool)
         client.response_callbacks.clear()  # answers as Redis sends them
         # the client names no types for it
         self._execute: Callable[..., Awaitable[Any]] = client.execute_command
+        self._no_script = redis.exceptions.NoScriptError
+        self._faults = (redis.exceptions.RedisError, OSError, TimeoutError)
         self._clock = clock
         self._timeout_s = timeout_s
         self._retry_s = retry_s
@@ -110,7 +111,7 @@ class Redis:
         """What the script returns. Raises RedisLost."""
         try:
             return await self._guarded("EVALSHA", script.digest, len(keys), *keys, *arguments)
-        except NoScriptError:
+        except self._no_script:
             return await self._guarded("EVAL", script.text, len(keys), *keys, *arguments)
 
     async def _guarded(self, *command: Value) -> Any:
@@ -120,9 +121,9 @@ class Redis:
         try:
             async with asyncio.timeout(self._timeout_s):
                 return await self._execute(*command)
-        except NoScriptError:
+        except self._no_script:
             raise
-        except (RedisError, OSError, TimeoutError) as error:
+        except self._faults as error:
             self._lose(life, error)
             raise RedisLost from error
 
@@ -148,7 +149,7 @@ class Redis:
         try:
             async with asyncio.timeout(self._timeout_s * 5):
                 await self._execute("SET", "llmos:probe", "", "PX", 1000)
-        except (RedisError, OSError, TimeoutError):
+        except self._faults:
             return False
         self._life += 1
         self._is_available = True
@@ -156,7 +157,7 @@ class Redis:
 
     async def _disconnect(self, *, in_use: bool) -> None:
         """Connections of the life before are of no use, and each would fail one more call."""
-        with suppress(RedisError, OSError, TimeoutError):
+        with suppress(*self._faults):
             async with asyncio.timeout(self._timeout_s):
                 await self._pool.disconnect(inuse_connections=in_use)
 
