@@ -33,6 +33,7 @@ from services.gateway.clients import GrpcAuditLog, GrpcAuth, GrpcInference
 from services.gateway.completion import Completions
 from services.gateway.cutting import RunningCredentials
 from services.gateway.http import HttpEdge
+from services.gateway.http_cors import Cors
 from services.gateway.http_server import HttpLimits, HttpServer
 from services.gateway.keys import KeyRing
 from services.gateway.limits.guard import Limits
@@ -306,6 +307,7 @@ async def build(settings: GatewaySettings, clock: Clock) -> App:
         max_body_bytes=settings.http_max_body_bytes,
         routes=oauth.routes(),
         proxies=proxies,
+        cors=Cors(frozenset(settings.http_cors_origins)),
     )
     http = HttpServer(
         edge.app(),

@@ -8,25 +8,40 @@ from __future__ import annotations
 
 from collections.abc import Awaitable, Callable, Sequence
 from contextlib import aclosing
+from dataclasses import dataclass
+from typing import Any, Protocol
 
 import msgspec
-from llmos.gateway.v1 import generation_pb2, generation_service_pb2, model_service_pb2
+from llmos.gateway.v1 import model_service_pb2
 from starlette.applications import Starlette
 from starlette.exceptions import HTTPException
 from starlette.requests import Request
 from starlette.responses import Response
 from starlette.routing import BaseRoute, Route
 
-from services.gateway import http_errors, openai, openai_answers
+from services.gateway import http_errors
 from services.gateway.auditing import RequestRecord, current_record
 from services.gateway.completion import Completions
-from services.gateway.generation import Delta, Finished, Started, ValidGeneration
+from services.gateway.generation import Delta, Finished, Generation, Started, ValidGeneration
+from services.gateway.http_cors import NO_CORS, Cors
 from services.gateway.http_endpoint import Endpoint
-from services.gateway.http_exchange import Exchange
+from services.gateway.http_exchange import ASGIApp, Exchange
 from services.gateway.models import Models
+from services.gateway.openai import (
+    answers,
+    chat,
+    chat_answers,
+    completions,
+    completions_answers,
+    document,
+    responses,
+    responses_answers,
+)
+from services.gateway.openai.parsing import refuse
+from services.gateway.openai.request import to_message
 from services.gateway.request import RequestParser
 from services.mesh.clock import Clock
-from services.mesh.errors import Internal, RequestInvalid
+from services.mesh.errors import Internal, LlmosError, NotImplementedYet
 from services.mesh.health import Health
 from services.mesh.interceptors import Chain, new_request_id
 from services.mesh.source_address import NO_PROXIES, TrustedProxies
@@ -35,14 +50,37 @@ GENERATE = "/llmos.gateway.v1.GenerationService/Generate"
 STREAM_GENERATE = "/llmos.gateway.v1.GenerationService/StreamGenerate"
 LIST_MODELS = "/llmos.gateway.v1.ModelService/ListModels"
 GET_MODEL = "/llmos.gateway.v1.ModelService/GetModel"
+EMBED = "/llmos.gateway.v1.EmbeddingService/Embed"
 
-_ROLES = {
-    "system": generation_pb2.ROLE_SYSTEM,
-    "developer": generation_pb2.ROLE_SYSTEM,
-    "user": generation_pb2.ROLE_USER,
-    "assistant": generation_pb2.ROLE_ASSISTANT,
-    "tool": generation_pb2.ROLE_TOOL,
-}
+NOTHING_STORED = "There is no response {id}: this server stores none, so none can be fetched or deleted."
+
+
+class Writer(Protocol):
+    """Writes one stream's events."""
+
+    def opening(self) -> bytes: ...
+
+    def delta(self, delta: Delta, /) -> bytes: ...
+
+    def closing(self, finished: Finished, /) -> bytes: ...
+
+    def failed(self, error: LlmosError, /) -> bytes: ...
+
+
+@dataclass(frozen=True, slots=True)
+class Face:
+    """One of OpenAI's forms for a generation."""
+
+    parse: Callable[[bytes], Any]
+    answer: Callable[..., bytes]
+    """(request, generation, created_s)"""
+    writer: Callable[..., Writer]
+    """(request, started, created_s, n)"""
+
+
+CHAT = Face(chat.parse, chat_answers.answer, chat_answers.ChunkWriter)
+COMPLETION = Face(completions.parse, completions_answers.answer, completions_answers.ChunkWriter)
+RESPONSE = Face(responses.parse, responses_answers.answer, responses_answers.EventWriter)
 
 
 class HttpEdge:
@@ -60,6 +98,7 @@ class HttpEdge:
         max_body_bytes: int,
         routes: Sequence[BaseRoute] = (),
         proxies: TrustedProxies = NO_PROXIES,
+        cors: Cors = NO_CORS,
     ) -> None:
         self._chain = chain
         self._parser = parser
@@ -70,28 +109,41 @@ class HttpEdge:
         self._max_body_bytes = max_body_bytes
         self._routes = routes
         self._proxies = proxies
+        self._cors = cors
+        self._document = document.document(max_body_bytes=max_body_bytes)
 
-    def app(self) -> Starlette:
+    def app(self) -> ASGIApp:
         def audited(method: str, serve: Callable[[Exchange, RequestRecord], Awaitable[None]]) -> Endpoint:
             async def recorded(exchange: Exchange) -> None:
                 await serve(exchange, current_record())
 
             return Endpoint(self._chain, self._clock, self._proxies, method, recorded)
 
+        def generating(face: Face) -> Endpoint:
+            async def serve(exchange: Exchange, record: RequestRecord) -> None:
+                await self._generate(exchange, record, face)
+
+            return audited(GENERATE, serve)
+
         app = Starlette(
             routes=[
                 Route("/healthz", self._live, methods=["GET"]),
                 Route("/readyz", self._ready, methods=["GET"]),
+                Route("/openapi.json", self._describe, methods=["GET"]),
                 Route("/v1/models", audited(LIST_MODELS, self._list_models), methods=["GET"]),
                 Route("/v1/models/{id:path}", audited(GET_MODEL, self._get_model), methods=["GET"]),
-                Route("/v1/chat/completions", audited(GENERATE, self._chat), methods=["POST"]),
+                Route("/v1/chat/completions", generating(CHAT), methods=["POST"]),
+                Route("/v1/completions", generating(COMPLETION), methods=["POST"]),
+                Route("/v1/responses", generating(RESPONSE), methods=["POST"]),
+                Route("/v1/responses/{id}", _nothing_stored, methods=["GET", "DELETE"]),
+                Route("/v1/embeddings", audited(EMBED, _no_embeddings), methods=["POST"]),
                 *self._routes,
             ],
             exception_handlers={HTTPException: _refused},
         )
         # A redirect would lose the body, and the client its error.
         app.router.redirect_slashes = False
-        return app
+        return self._cors.around(app)
 
     async def _live(self, request: Request) -> Response:
         return _json(200, b'{"status":"live"}')
@@ -102,11 +154,14 @@ class HttpEdge:
         missing = msgspec.json.encode({"status": "not ready", "waiting_for": self._health.waiting_for})
         return _json(503, missing)
 
+    async def _describe(self, request: Request) -> Response:
+        return _json(200, self._document)
+
     async def _list_models(self, exchange: Exchange, record: RequestRecord) -> None:
         record.begin()
         found = await self._models.visible(record)
         await record.committed()
-        await exchange.respond(200, openai_answers.models(found))
+        await exchange.respond(200, answers.models(found))
 
     async def _get_model(self, exchange: Exchange, record: RequestRecord) -> None:
         name = exchange.scope["path_params"]["id"]
@@ -114,39 +169,39 @@ class HttpEdge:
         try:
             message.id = name
         except (ValueError, UnicodeError):
-            raise openai.refuse("model", "is not valid text") from None
+            raise refuse("model", "is not valid text") from None
         model_id = self._parser.model(message)
         record.model = model_id
         record.begin()
         found = await self._models.named(record, model_id)
         await record.committed()
-        await exchange.respond(200, openai_answers.model(found))
+        await exchange.respond(200, answers.model(found))
 
-    async def _chat(self, exchange: Exchange, record: RequestRecord) -> None:
-        body = openai.parse(await exchange.body(self._max_body_bytes))
+    async def _generate(self, exchange: Exchange, record: RequestRecord, face: Face) -> None:
+        body = face.parse(await exchange.json(self._max_body_bytes))
+        exchange.parameter = body.parameter
         record.method = STREAM_GENERATE if body.stream else GENERATE
         request = self._parser.generation(to_message(body))
         exchange.watch()
         if body.stream:
-            await self._stream(exchange, record, request, body.include_usage)
+            await self._stream(exchange, record, face, body, request)
             return
-        generation = await self._completions.generate(record, request)
+        generation: Generation = await self._completions.generate(record, request)
         created_s = int(self._clock.now().timestamp())
-        await exchange.respond(200, openai_answers.completion(generation, created_s=created_s))
+        await exchange.respond(200, face.answer(body, generation, created_s=created_s))
 
     async def _stream(
-        self, exchange: Exchange, record: RequestRecord, request: ValidGeneration, include_usage: bool
+        self, exchange: Exchange, record: RequestRecord, face: Face, body: Any, request: ValidGeneration
     ) -> None:
-        writer: openai_answers.ChunkWriter | None = None
+        writer: Writer | None = None
         async with aclosing(self._completions.stream(record, request)) as events:
             async for event in events:
                 if isinstance(event, Started):
                     created_s = int(self._clock.now().timestamp())
-                    writer = openai_answers.ChunkWriter(
-                        event, created_s=created_s, n=request.n, include_usage=include_usage
-                    )
-                    await exchange.begin_stream()
-                    await exchange.send(writer.opening())
+                    writer = face.writer(body, event, created_s=created_s, n=request.n)
+                    await exchange.begin_stream(writer.failed)
+                    if opening := writer.opening():
+                        await exchange.send(opening)
                 elif writer is None:
                     raise Internal("a stream did not begin with Started")
                 elif isinstance(event, Delta):
@@ -156,58 +211,24 @@ class HttpEdge:
                     await exchange.end(writer.closing(event))
 
 
-def to_message(body: openai.ChatRequest) -> generation_service_pb2.StreamGenerateRequest:
-    """The same message that a gRPC caller would send. Raises RequestInvalid."""
-    message = generation_service_pb2.StreamGenerateRequest()
-    spec = message.spec
-    try:
-        _fill(spec, body)
-    except (ValueError, TypeError, UnicodeError) as error:
-        raise RequestInvalid(f"The body holds a value that is out of range: {error}.") from None
-    return message
+async def _no_embeddings(exchange: Exchange, record: RequestRecord) -> None:
+    raise NotImplementedYet(
+        "Embeddings are not offered by this version of the server.", hint="A later version will offer them."
+    )
 
 
-def _fill(spec: generation_pb2.GenerationSpec, body: openai.ChatRequest) -> None:
-    spec.model = body.model
-    chat = spec.prompt.chat
-    chat.SetInParent()  # no messages are an empty conversation, not a prompt that is missing
-    for index, given in enumerate(body.messages):
-        message = chat.messages.add()
-        role = _ROLES.get(given.role)
-        if role is None:
-            raise openai.refuse(f"messages[{index}].role", "must be system, developer, user or assistant")
-        message.role = role
-        message.name = given.name or ""
-        message.tool_call_id = given.tool_call_id or ""
-        if isinstance(given.content, str):
-            message.content.add().text = given.content
-        for part in given.content if isinstance(given.content, list) else ():
-            message.content.add().text = part.text or ""
-    sampling = spec.sampling
-    for name in (
-        *("temperature", "top_p", "top_k", "min_p"),
-        *("presence_penalty", "frequency_penalty", "repetition_penalty"),
-    ):
-        value = getattr(body, name)
-        if value is not None:
-            setattr(sampling, name, value)
-    if body.seed is not None:
-        sampling.seed = body.seed % 2**64
-    sampling.logit_bias.update(body.logit_bias or {})
-    if body.token_limit is not None:
-        spec.max_tokens = body.token_limit
-    spec.stop.extend([body.stop] if isinstance(body.stop, str) else body.stop or ())
-    spec.stop_token_ids.extend(body.stop_token_ids or ())
-    spec.n = body.n or 0
-    spec.logprobs = bool(body.logprobs)
-    spec.top_logprobs = body.top_logprobs or 0
-    spec.ignore_eos = bool(body.ignore_eos)
-    spec.end_user = body.user or body.safety_identifier or ""
-    spec.labels.update(body.metadata or {})
+async def _nothing_stored(request: Request) -> Response:
+    return _plain(404, NOTHING_STORED.format(id=request.path_params["id"][:100]), {})
 
 
 def _json(status: int, body: bytes) -> Response:
     return Response(body, status, media_type="application/json")
+
+
+def _plain(status: int, text: str, headers: dict[str, str]) -> Response:
+    headers = {**headers, "x-request-id": new_request_id(), "x-should-retry": "false"}
+    body = http_errors.plain_body(status, text)
+    return Response(body, status, headers=headers, media_type="application/json")
 
 
 async def _refused(request: Request, error: Exception) -> Response:
@@ -218,6 +239,4 @@ async def _refused(request: Request, error: Exception) -> Response:
         404: f"There is no route {request.method} {request.url.path[:200]}.",
         405: f"The route {request.url.path[:200]} does not take {request.method}.",
     }.get(error.status_code, error.detail)
-    headers = {**(error.headers or {}), "x-request-id": new_request_id()}
-    body = http_errors.plain_body(error.status_code, text)
-    return Response(body, error.status_code, headers=headers, media_type="application/json")
+    return _plain(error.status_code, text, dict(error.headers or {}))

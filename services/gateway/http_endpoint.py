@@ -8,12 +8,17 @@ from collections.abc import Awaitable, Callable
 from services.gateway.http_exchange import Exchange, Receive, Scope, Send
 from services.mesh.clock import Clock
 from services.mesh.context import RequestContext
-from services.mesh.errors import Draining, LlmosError, ReaderStalled
+from services.mesh.errors import Draining, LlmosError, ReaderStalled, RequestInvalid, Violation
 from services.mesh.interceptors import Call, Chain, new_request_id
 from services.mesh.source_address import TrustedProxies
 
 Serve = Callable[[Exchange], Awaitable[None]]
 Fail = Callable[[Exchange, LlmosError], Awaitable[None]]
+
+
+TIMEOUT_HEADER = "x-request-timeout-ms"
+"""How long the caller will wait for the whole answer. The clients' own `x-stainless-…` are not taken for it:
+they tell how long a client waits for the next byte."""
 
 
 class Endpoint:
@@ -47,9 +52,11 @@ class Endpoint:
             response_metadata=context.response_metadata,
         )
         context.source_address = self._proxies.source_address(client[0] if client else "", exchange.headers)
+        allowed_s, malformed = _timeout_s(exchange.headers.get(TIMEOUT_HEADER))
         try:
             await self._chain.run(
-                Call(context, exchange.headers, protocol="http"), lambda: self._guarded(exchange)
+                Call(context, exchange.headers, allowed_s, protocol="http"),
+                lambda: self._guarded(exchange, malformed),
             )
         except LlmosError as error:
             await self._fail(exchange, error)
@@ -59,7 +66,9 @@ class Endpoint:
         finally:
             await exchange.close()
 
-    async def _guarded(self, exchange: Exchange) -> None:
+    async def _guarded(self, exchange: Exchange, malformed: LlmosError | None) -> None:
+        if malformed is not None:
+            raise malformed
         try:
             await self._serve(exchange)
         except asyncio.CancelledError:
@@ -68,3 +77,13 @@ class Endpoint:
                     "The reader took nothing for too long, so the stream was ended."
                 ) from None
             raise
+
+
+def _timeout_s(value: str | None) -> tuple[float | None, LlmosError | None]:
+    """What the header allows, and the error where it does not say so."""
+    if value is None:
+        return None, None
+    if value.isascii() and value.isdecimal() and len(value) <= 9 and int(value) > 0:
+        return int(value) / 1000, None
+    said = "must be a number of milliseconds from 1 to 999999999"
+    return None, RequestInvalid(f"`{TIMEOUT_HEADER}` {said}.", violations=[Violation(TIMEOUT_HEADER, said)])

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 
 import msgspec
+from msgspec import Struct
 
 from services.mesh import errors
 from services.mesh.errors import LlmosError, Status
@@ -42,17 +43,31 @@ _CODES: Mapping[str, str] = {
     "RATE_LIMIT": "rate_limit_exceeded",
     "BUDGET_EXHAUSTED": "insufficient_quota",
 }
-_RENAMED = (
-    ("spec.prompt.chat.messages", "messages"),
-    ("spec.sampling.", ""),
-    ("spec.end_user", "user"),
-    ("spec.labels", "metadata"),
-    ("spec.", ""),
-)
+
+
+class Said(Struct):
+    """An error as callers read it."""
+
+    message: str
+    type: str
+    param: str | None
+    code: str | None
+
+
+Parameter = Callable[[str], str]
+"""The name of a field of the message as the caller wrote it: the same message stands below all routes."""
+
+
+class UnsupportedMediaType(errors.RequestInvalid):
+    """The body's type or encoding is not read here. Known to HTTP alone."""
+
+    default_hint = "Send JSON, not compressed, with `content-type: application/json`."
 
 
 def status(error: LlmosError) -> int:
     """The HTTP status."""
+    if isinstance(error, UnsupportedMediaType):
+        return 415
     if isinstance(error, errors.MessageTooLarge):
         return 413
     if isinstance(error, errors.NotCached):
@@ -63,20 +78,31 @@ def status(error: LlmosError) -> int:
     return _STATUS[error.status]
 
 
-def body(error: LlmosError) -> bytes:
-    """`{"error": {message, type, param, code}}`, the form of every error, in streams too."""
+def said(error: LlmosError, parameter: Parameter = str) -> Said:
+    """What a caller reads of it: nothing of our insides."""
     text = "An internal error occurred." if type(error) is errors.Internal else error.message
-    return _encode(
+    field = _field(error)
+    return Said(
         f"{text} {error.hint}".strip(),
         _type(status(error)),
-        _param(_field(error)),
+        (parameter(field) or None) if field else None,
         _CODES.get(error.reason, error.reason.lower()),
     )
 
 
+def body(error: LlmosError, parameter: Parameter = str) -> bytes:
+    """`{"error": {message, type, param, code}}`, the form of every error, in streams too."""
+    return _encode(said(error, parameter))
+
+
+def event(error: LlmosError, parameter: Parameter = str) -> bytes:
+    """The same as the last event of a broken stream."""
+    return b"data: " + body(error, parameter) + b"\n\n"
+
+
 def plain_body(code: int, text: str) -> bytes:
     """The same form for what HTTP itself refuses, before there is a request of ours."""
-    return _encode(text, _type(code), None, None)
+    return _encode(Said(text, _type(code), None, None))
 
 
 def headers(error: LlmosError) -> list[tuple[bytes, bytes]]:
@@ -90,8 +116,8 @@ def headers(error: LlmosError) -> list[tuple[bytes, bytes]]:
     return found
 
 
-def _encode(message: str, kind: str, param: str | None, code: str | None) -> bytes:
-    return msgspec.json.encode({"error": {"message": message, "type": kind, "param": param, "code": code}})
+def _encode(found: Said) -> bytes:
+    return msgspec.json.encode({"error": found})
 
 
 def _type(code: int) -> str:
@@ -101,11 +127,3 @@ def _type(code: int) -> str:
 def _field(error: LlmosError) -> str:
     """The field that the error names first, if any."""
     return error.violations[0].field if error.violations else error.metadata.get("field", "")
-
-
-def _param(field: str) -> str | None:
-    """The parameter's name on this edge: the same message stands below both."""
-    for ours, theirs in _RENAMED:
-        if field.startswith(ours):
-            return theirs + field.removeprefix(ours)
-    return field or None

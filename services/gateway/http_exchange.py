@@ -6,11 +6,13 @@ A caller that goes away cancels the work: `watch` says so to the task that serve
 from __future__ import annotations
 
 import asyncio
+import re
 from collections.abc import Awaitable, Callable, Iterable, Mapping, MutableMapping
 from email.utils import format_datetime
 from typing import Any
 
 from services.gateway import http_errors
+from services.gateway.http_errors import UnsupportedMediaType
 from services.mesh.clock import Clock
 from services.mesh.errors import Cancelled, LlmosError, MessageTooLarge
 
@@ -18,6 +20,7 @@ Scope = MutableMapping[str, Any]
 Message = MutableMapping[str, Any]
 Receive = Callable[[], Awaitable[Message]]
 Send = Callable[[Message], Awaitable[None]]
+ASGIApp = Callable[[Scope, Receive, Send], Awaitable[None]]
 Header = tuple[bytes, bytes]
 
 JSON = (b"content-type", b"application/json")
@@ -27,6 +30,10 @@ _STREAM = (
     # nginx collects answers otherwise.
     (b"x-accel-buffering", b"no"),
 )
+_JSON_TYPE = re.compile(
+    r"application/([a-z0-9.+-]+\+)?json\s*(;\s*charset\s*=\s*\"?utf-8\"?\s*)?;?", re.IGNORECASE
+)
+"""In UTF-8, as JSON is anyway. A request without a type is taken to be JSON: small clients send none."""
 DISCARD_FACTOR = 8
 """Of a body that is too large, so many times the limit is read and dropped, so that the caller, who is still
 sending, gets to read the answer. Beyond that the connection is simply closed."""
@@ -60,6 +67,9 @@ class Exchange:
         self._complete = False
         self._close = False
         self._watch: asyncio.Task[None] | None = None
+        self._failed: Callable[[LlmosError], bytes] = http_errors.event
+        self.parameter: http_errors.Parameter = str
+        """How errors name the fields of the message; a route that knows better names sets it."""
 
     @property
     def stalled(self) -> bool:
@@ -70,6 +80,18 @@ class Exchange:
     def answered(self) -> bool:
         """Whether an answer has begun."""
         return self._begun
+
+    async def json(self, max_bytes: int) -> bytes:
+        """The whole body of a request that holds JSON, not yet parsed. Raises UnsupportedMediaType, or as
+        `body` does."""
+        # First, since who still sends does not read the answer.
+        body = await self.body(max_bytes)
+        if self.headers.get("content-encoding", "identity").lower() != "identity":
+            raise UnsupportedMediaType("A compressed body (content-encoding) is not read here.")
+        content_type = self.headers.get("content-type", "")
+        if content_type and not _JSON_TYPE.fullmatch(content_type):
+            raise UnsupportedMediaType(f"A body of the type `{content_type[:100]}` is not read here.")
+        return body
 
     async def body(self, max_bytes: int) -> bytes:
         """The whole body. Raises MessageTooLarge, or Cancelled where the caller leaves meanwhile."""
@@ -112,8 +134,9 @@ class Exchange:
         self._complete = True
         await self._send({"type": "http.response.body", "body": body, "more_body": False})
 
-    async def begin_stream(self) -> None:
-        """Sends the head of a stream of server-sent events."""
+    async def begin_stream(self, failed: Callable[[LlmosError], bytes] = http_errors.event) -> None:
+        """Sends the head of a stream of server-sent events; `failed` writes the last ones of a broken one."""
+        self._failed = failed
         await self._start(200, _STREAM)
 
     async def send(self, data: bytes) -> None:
@@ -129,10 +152,10 @@ class Exchange:
         """Sends the error, in whatever form is still possible."""
         if self._complete or self.gone:
             return
-        body = http_errors.body(error)
         if self._begun:
-            await self.end(b"data: " + body + b"\n\n")
+            await self.end(self._failed(error))
         else:
+            body = http_errors.body(error, self.parameter)
             await self.respond(http_errors.status(error), body, (JSON, *http_errors.headers(error)))
 
     async def close(self) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from ipaddress import IPv4Network, IPv6Network
 from pathlib import Path
 from typing import Annotated, ClassVar, Literal
@@ -117,7 +118,11 @@ class GatewaySettings(KafkaSettings):
     http_idle_timeout_s: int = Field(default=15, ge=1, le=3600)
     """A connection without a request is closed after that."""
 
-    @field_validator("inference_targets", "trusted_proxies", mode="before")
+    http_cors_origins: Annotated[tuple[str, ...], NoDecode] = ()
+    """Origins of web pages that may call the HTTP edge from a browser, such as `https://chat.example`, with
+    commas; `*` is every one. None: no page may."""
+
+    @field_validator("inference_targets", "trusted_proxies", "http_cors_origins", mode="before")
     @classmethod
     def _split(cls, value: object) -> object:
         if isinstance(value, str):
@@ -141,6 +146,11 @@ class GatewaySettings(KafkaSettings):
             raise ValueError("inference_targets must name at least one replica")
         if len(set(self.inference_targets)) != len(self.inference_targets):
             raise ValueError("inference_targets names a replica twice")
+        for origin in self.http_cors_origins:
+            if origin != "*" and not re.fullmatch(r"https?://[^/\s,*]+", origin):
+                raise ValueError(
+                    f"http_cors_origins: {origin!r} is not an origin such as https://chat.example"
+                )
         if not self.tls and self.http_listen_host not in LOOPBACK and not self.allow_plaintext:
             raise ValueError(f"http_host {self.http_listen_host} is not loopback: configure TLS")
         return self

@@ -12,7 +12,6 @@ import openai
 import pytest
 from openai.types.chat import completion_create_params
 
-from services.gateway import openai as ours
 from services.gateway.generation import (
     Alternative,
     Delta,
@@ -23,6 +22,7 @@ from services.gateway.generation import (
     TokenLogprob,
     Usage,
 )
+from services.gateway.openai import chat as ours
 from services.mesh.events import Edge, Outcome
 from tests.framework.gateway_fakes import Bench, FakeReplica, Gate, answer
 from tests.framework.gateway_http import KEY, serving

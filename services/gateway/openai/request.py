@@ -1,0 +1,174 @@
+"""Translates OpenAI's requests to the message that a gRPC caller would send; nothing is added to it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+from buf.validate import validate_pb2
+from google.protobuf.descriptor import Descriptor, FieldDescriptor
+from llmos.gateway.v1 import generation_pb2, generation_service_pb2
+
+from services.gateway.openai.chat import ChatMessage, ChatRequest
+from services.gateway.openai.completions import CompletionRequest
+from services.gateway.openai.parsing import Sampled, refuse
+from services.gateway.openai.responses import InputItem, ResponsesRequest
+from services.mesh.errors import RequestInvalid
+
+Rules = Mapping[str, Mapping[str, Any]]
+"""Keywords of JSON Schema, by the type that they hold for."""
+Request = ChatRequest | CompletionRequest | ResponsesRequest
+
+_ROLES = {
+    "system": generation_pb2.ROLE_SYSTEM,
+    "developer": generation_pb2.ROLE_SYSTEM,
+    "user": generation_pb2.ROLE_USER,
+    "assistant": generation_pb2.ROLE_ASSISTANT,
+    "tool": generation_pb2.ROLE_TOOL,
+}
+_SAMPLING = (
+    *("temperature", "top_p", "top_k", "min_p"),
+    *("presence_penalty", "frequency_penalty", "repetition_penalty"),
+)
+
+
+def to_message(body: Request) -> generation_service_pb2.StreamGenerateRequest:
+    """Raises RequestInvalid."""
+    message = generation_service_pb2.StreamGenerateRequest()
+    spec = message.spec
+    try:
+        _fill(spec, body)
+        match body:
+            case ChatRequest():
+                _fill_chat(spec, body)
+            case CompletionRequest():
+                _fill_completion(spec, body)
+            case ResponsesRequest():
+                _fill_response(spec, body)
+    except (ValueError, TypeError, UnicodeError) as error:
+        raise RequestInvalid(f"The body holds a value that is out of range: {error}.") from None
+    return message
+
+
+def rules() -> Mapping[str, Rules]:
+    """What the message's own rules allow, by the fields of the spec and of its sampling parameters."""
+    spec = generation_pb2.GenerationSpec.DESCRIPTOR
+    sampling = generation_pb2.SamplingParams.DESCRIPTOR
+    found = {field.name: _rules_of(field) for message in (spec, sampling) for field in _fields(message)}
+    return found | {
+        "messages": _rules_of(generation_pb2.Chat.DESCRIPTOR.fields_by_name["messages"]),
+        "text": _rules_of(generation_pb2.Prompt.DESCRIPTOR.fields_by_name["text"]),
+    }
+
+
+def _fields(message: Descriptor) -> list[FieldDescriptor]:
+    return list(message.fields)
+
+
+def _rules_of(field: FieldDescriptor) -> Rules:
+    return _keywords(field.GetOptions().Extensions[validate_pb2.field])
+
+
+_KEYWORDS = {
+    "gte": "minimum",
+    "lte": "maximum",
+    "gt": "exclusiveMinimum",
+    "min_len": "minLength",
+    "max_len": "maxLength",
+    # No text has more characters than bytes.
+    "max_bytes": "maxLength",
+    "min_items": "minItems",
+    "max_items": "maxItems",
+    "max_pairs": "maxProperties",
+}
+_TYPES = {"float": "number", "uint32": "number", "string": "string", "repeated": "array", "map": "object"}
+_INSIDE = {"items": "items", "values": "additionalProperties", "keys": "propertyNames"}
+
+
+def _keywords(given: validate_pb2.FieldRules) -> Rules:
+    kind = given.WhichOneof("type") or ""
+    if kind not in _TYPES:
+        return {}
+    own: dict[str, Any] = {}
+    for rule, value in getattr(given, kind).ListFields():
+        if rule.name in _KEYWORDS:
+            own[_KEYWORDS[rule.name]] = value
+        elif rule.name in _INSIDE:
+            own[_INSIDE[rule.name]] = _keywords(value)
+    return {_TYPES[kind]: own}
+
+
+def _fill(spec: generation_pb2.GenerationSpec, body: Sampled) -> None:
+    spec.model = body.model
+    sampling = spec.sampling
+    for name in _SAMPLING:
+        value = getattr(body, name)
+        if value is not None:
+            setattr(sampling, name, value)
+    if body.seed is not None:
+        sampling.seed = body.seed % 2**64
+    sampling.logit_bias.update(body.logit_bias or {})
+    spec.stop.extend([body.stop] if isinstance(body.stop, str) else body.stop or ())
+    spec.stop_token_ids.extend(body.stop_token_ids or ())
+    spec.ignore_eos = bool(body.ignore_eos)
+    spec.end_user = body.user or body.safety_identifier or ""
+    spec.labels.update(body.metadata or {})
+
+
+def _fill_chat(spec: generation_pb2.GenerationSpec, body: ChatRequest) -> None:
+    chat = spec.prompt.chat
+    chat.SetInParent()  # no messages are an empty conversation, not a prompt that is missing
+    for index, given in enumerate(body.messages):
+        _add_chat_message(chat, given, f"messages[{index}].role")
+    if body.token_limit is not None:
+        spec.max_tokens = body.token_limit
+    spec.n = body.n or 0
+    spec.logprobs = bool(body.logprobs)
+    spec.top_logprobs = body.top_logprobs or 0
+
+
+def _add_chat_message(chat: generation_pb2.Chat, given: ChatMessage, role_field: str) -> None:
+    texts: Iterable[str] = ()
+    if isinstance(given.content, str):
+        texts = (given.content,)
+    elif given.content is not None:
+        texts = [part.text or "" for part in given.content]
+    message = _add(chat, given.role, texts, role_field)
+    message.name = given.name or ""
+    message.tool_call_id = given.tool_call_id or ""
+
+
+def _fill_completion(spec: generation_pb2.GenerationSpec, body: CompletionRequest) -> None:
+    spec.prompt.text = body.text
+    if body.max_tokens is not None:
+        spec.max_tokens = body.max_tokens
+    spec.n = body.n or 0
+    spec.logprobs = body.logprobs is not None
+    spec.top_logprobs = body.logprobs or 0
+
+
+def _fill_response(spec: generation_pb2.GenerationSpec, body: ResponsesRequest) -> None:
+    chat = spec.prompt.chat
+    chat.SetInParent()
+    if body.instructions is not None:
+        _add(chat, "system", (body.instructions,), "instructions")
+    items = [InputItem("user", body.input)] if isinstance(body.input, str) else body.input
+    for index, item in enumerate(items):
+        texts = (item.content,) if isinstance(item.content, str) else [part.text for part in item.content]
+        _add(chat, item.role, texts, f"input[{index}].role")
+    if body.max_output_tokens is not None:
+        spec.max_tokens = body.max_output_tokens
+    spec.logprobs = body.logprobs
+    spec.top_logprobs = body.top_logprobs or 0
+
+
+def _add(
+    chat: generation_pb2.Chat, role_name: str, texts: Iterable[str], role_field: str
+) -> generation_pb2.ChatMessage:
+    role = _ROLES.get(role_name)
+    if role is None:
+        raise refuse(role_field, "must be system, developer, user or assistant")
+    message = chat.messages.add(role=role)
+    for text in texts:
+        message.content.add().text = text
+    return message
