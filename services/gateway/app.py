@@ -307,10 +307,9 @@ async def build(settings: GatewaySettings, clock: Clock) -> App:
         max_body_bytes=settings.http_max_body_bytes,
         routes=oauth.routes(),
         proxies=proxies,
-        cors=Cors(frozenset(settings.http_cors_origins)),
     )
     http = HttpServer(
-        edge.app(),
+        Cors(frozenset(settings.http_cors_origins)).around(edge.app()),
         host=settings.http_listen_host,
         port=settings.http_port,
         running=running,

@@ -23,9 +23,8 @@ from services.gateway import http_errors
 from services.gateway.auditing import RequestRecord, current_record
 from services.gateway.completion import Completions
 from services.gateway.generation import Delta, Finished, Generation, Started, ValidGeneration
-from services.gateway.http_cors import NO_CORS, Cors
 from services.gateway.http_endpoint import Endpoint
-from services.gateway.http_exchange import ASGIApp, Exchange
+from services.gateway.http_exchange import Exchange
 from services.gateway.models import Models
 from services.gateway.openai import (
     answers,
@@ -98,7 +97,6 @@ class HttpEdge:
         max_body_bytes: int,
         routes: Sequence[BaseRoute] = (),
         proxies: TrustedProxies = NO_PROXIES,
-        cors: Cors = NO_CORS,
     ) -> None:
         self._chain = chain
         self._parser = parser
@@ -109,10 +107,9 @@ class HttpEdge:
         self._max_body_bytes = max_body_bytes
         self._routes = routes
         self._proxies = proxies
-        self._cors = cors
         self._document = document.document(max_body_bytes=max_body_bytes)
 
-    def app(self) -> ASGIApp:
+    def app(self) -> Starlette:
         def audited(method: str, serve: Callable[[Exchange, RequestRecord], Awaitable[None]]) -> Endpoint:
             async def recorded(exchange: Exchange) -> None:
                 await serve(exchange, current_record())
@@ -135,7 +132,8 @@ class HttpEdge:
                 Route("/v1/chat/completions", generating(CHAT), methods=["POST"]),
                 Route("/v1/completions", generating(COMPLETION), methods=["POST"]),
                 Route("/v1/responses", generating(RESPONSE), methods=["POST"]),
-                Route("/v1/responses/{id}", _nothing_stored, methods=["GET", "DELETE"]),
+                Route("/v1/responses/{id}", _nothing_stored, methods=["GET"]),
+                Route("/v1/responses/{id}", _nothing_stored, methods=["DELETE"]),
                 Route("/v1/embeddings", audited(EMBED, _no_embeddings), methods=["POST"]),
                 *self._routes,
             ],
@@ -143,7 +141,7 @@ class HttpEdge:
         )
         # A redirect would lose the body, and the client its error.
         app.router.redirect_slashes = False
-        return self._cors.around(app)
+        return app
 
     async def _live(self, request: Request) -> Response:
         return _json(200, b'{"status":"live"}')

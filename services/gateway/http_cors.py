@@ -87,6 +87,3 @@ async def _answer(send: Send, status: int, headers: list[Header], body: bytes) -
         headers = [*headers, (b"content-length", b"%d" % len(body))]
     await send({"type": "http.response.start", "status": status, "headers": headers})
     await send({"type": "http.response.body", "body": body, "more_body": False})
-
-
-NO_CORS = Cors(frozenset())

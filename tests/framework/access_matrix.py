@@ -70,9 +70,15 @@ def _get(kind: resource_pb2.ResourceKind.ValueType, resource_id: str) -> object:
 ROUTES = (
     ("GET", "/healthz"),
     ("GET", "/readyz"),
+    ("GET", "/openapi.json"),
     ("GET", "/v1/models"),
     ("GET", "/v1/models/none"),
     ("POST", "/v1/chat/completions"),
+    ("POST", "/v1/completions"),
+    ("POST", "/v1/responses"),
+    ("GET", "/v1/responses/none"),
+    ("DELETE", "/v1/responses/none"),
+    ("POST", "/v1/embeddings"),
     ("GET", answers.METADATA),
     ("GET", answers.JWKS),
     ("POST", answers.TOKEN),
@@ -241,7 +247,7 @@ async def over_http(url: str, who: Mapping[str, Metadata]) -> Table:
 
 def _code(answer: httpx.Response) -> str:
     error = answer.json().get("error", "") if answer.status_code != httpx.codes.OK else ""
-    return str(error.get("code", "")) if isinstance(error, dict) else str(error)
+    return str(error.get("code") or "") if isinstance(error, dict) else str(error)
 
 
 @dataclass(frozen=True, slots=True)

@@ -8,6 +8,7 @@ from contextlib import asynccontextmanager
 import openai
 
 from services.gateway.http import HttpEdge
+from services.gateway.http_cors import Cors
 from services.gateway.http_server import HttpLimits, HttpServer
 from services.gateway.oauth.http import OAuthRoutes
 from services.gateway.oauth.outcomes import Outcomes
@@ -96,6 +97,7 @@ async def serving(
     max_call_s: float = 30,
     max_tokens_limit: int = 4096,
     tokens: TokensPort | None = None,
+    cors_origins: frozenset[str] = frozenset(),
 ) -> AsyncIterator[HttpBench]:
     running = bench.running
     health = Health()
@@ -119,7 +121,8 @@ async def serving(
         routes=oauth.routes(),
         proxies=TrustedProxies(bench.proxies),
     )
-    server = HttpServer(edge.app(), host="127.0.0.1", port=0, running=running, limits=limits, tls=tls)
+    app = Cors(cors_origins).around(edge.app())
+    server = HttpServer(app, host="127.0.0.1", port=0, running=running, limits=limits, tls=tls)
     await server.start()
     try:
         yield HttpBench(bench, server, running, health)
