@@ -216,7 +216,7 @@ $(VENV)/.installed: pyproject.toml $(VENV)/.run
 
 # The gateways of others want other versions of what dev has. Byte code is written beforehand: LiteLLM is slow without.
 .tools/bench-gateway/.installed: requirements/bench-gateway.txt | $(PY)
-	@echo "Installing LiteLLM and smg, once: about 1 GB"
+	@echo "Installing LiteLLM and smg, once: about 850 MB"
 	@rm -rf .tools/bench-gateway
 	@$(UV) venv --quiet --python $(PY) .tools/bench-gateway
 	@$(UV) pip install --quiet --python .tools/bench-gateway/bin/python --require-hashes --no-deps \

@@ -22,7 +22,7 @@ from tests.bench import report
 from tests.bench.figures import Aim
 from tests.bench.gateway_figures import Memory, Round, Streamed, Unary
 from tests.bench.gateway_load import MODEL, Job, Target, prompt
-from tests.bench.gateway_others import Bare, LiteLlm, Smg
+from tests.bench.gateway_others import Bare, LiteLlm, Smg, versions
 from tests.bench.gateway_pieces import ALL
 from tests.bench.gateway_processes import Load, Subject, Upstream
 from tests.bench.gateway_subjects import Own, OwnProcess, Platform
@@ -328,6 +328,7 @@ async def bench(wanted: Sequence[str], size: Size, folder: Path, say: Progress, 
     made = found.aims()
     content = {
         "machine": machine,
+        "gateways": versions(),
         "size": asdict(size),
         "rounds": {name: [asdict(each) for each in rounds] for name, rounds in found.rounds.items()},
         "memory": {name: asdict(each) for name, each in found.memory.items()},
