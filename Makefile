@@ -98,6 +98,11 @@ test-optimised: dev-env ## Run the security rows (R21 to R26, R32, R33) under `p
 chaos: dev-env ## Kill gateway, logging and broker 200 times under load (KILLS=N), and judge the audit log
 	LLMOS_CHAOS_KILLS=$(or $(KILLS),200) $(PY) -m pytest -s tests/chaos $(ARGS)
 
+.PHONY: limits
+limits: dev-env ## Hold two gateways with Valkey to their limits for SECONDS=60, and 10,000 mixed requests (REQUESTS=N)
+	LLMOS_LIMITS_SECONDS=$(or $(SECONDS),60) LLMOS_LIMITS_REQUESTS=$(or $(REQUESTS),10000) \
+		$(PY) -m pytest -s tests/e2e/test_limits.py $(ARGS)
+
 .PHONY: precision
 precision: dev-env ## Measure what rounding costs on 5,000 tokens and 40 prompts: top-1 and perplexity beside float32
 	LLMOS_PRECISION_TOKENS=5000 LLMOS_PRECISION_PROMPTS=40 $(PY) -m pytest -s tests/unit/inference/test_precision.py $(ARGS)

@@ -15,6 +15,7 @@ from services.auth.store import ApiKey, Batch, Client, Put, Store, Tenant
 from services.mesh.app import StartError
 from services.mesh.clock import Clock
 from services.mesh.errors import AlreadyExists, CredentialInvalid
+from services.mesh.policy import UNLIMITED_PLAN
 
 log = logging.getLogger(__name__)
 
@@ -102,7 +103,7 @@ async def _create(store: Store, key: str, clock: Clock) -> None:
     """Raises AlreadyExists where there is a tenant already."""
     parsed = keys.parse_api_key(key)
     first = (
-        Tenant(TENANT, display_name="Default"),
+        Tenant(TENANT, display_name="Default", plan_id=UNLIMITED_PLAN),
         # without a client secret: the administrator comes with the key
         Client(CLIENT, TENANT, display_name="Administrator", roles=frozenset({ROLE})),
         ApiKey(keys.new_key_id(), CLIENT, parsed.prefix, parsed.digest, display_name="First key"),

@@ -204,6 +204,7 @@ SCOPES: Mapping[str, str] = {
 ADMIN = "admin"
 TENANT_ADMIN = "tenant.admin"
 FREE_PLAN = "free"
+UNLIMITED_PLAN = "unlimited"
 BUILT_IN_ROLES: tuple[Role, ...] = (
     Role("admin", description="Everything, in every tenant.", scopes=frozenset(SCOPES)),
     Role(
@@ -224,4 +225,5 @@ BUILT_IN_PLANS: tuple[Plan, ...] = (
             PlanLimit(LimitUnit.CONCURRENT_REQUESTS, LimitScope.TENANT, 64),
         ),
     ),
+    Plan(UNLIMITED_PLAN, "No limits: what the operator's own tenant begins with."),
 )

@@ -180,7 +180,7 @@ async def tenants(mesh: MeshHarness) -> dict[str, str]:
     keys: dict[str, str] = {}
     for tenant in TENANTS:
         app = resource_pb2.Client(id=f"{tenant}-app", tenant_id=tenant, scopes=["generate"])
-        await make(resource_pb2.Resource(tenant=resource_pb2.Tenant(id=tenant)))
+        await make(resource_pb2.Resource(tenant=resource_pb2.Tenant(id=tenant, plan_id="unlimited")))
         await make(resource_pb2.Resource(client=app))
         keys[tenant] = await make(resource_pb2.Resource(api_key=resource_pb2.ApiKey(client_id=app.id)))
     return keys

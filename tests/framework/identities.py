@@ -46,7 +46,7 @@ class Identities:
     async def plan(self, plan: policy_pb2.Plan) -> None:
         await self._create(resource_pb2.Resource(plan=plan))
 
-    async def tenant(self, tenant_id: str, plan_id: str = "free") -> None:
+    async def tenant(self, tenant_id: str, plan_id: str = "unlimited") -> None:
         tenant = resource_pb2.Tenant(id=tenant_id, plan_id=plan_id)
         await self._create(resource_pb2.Resource(tenant=tenant))
 
