@@ -29,6 +29,7 @@ from llmos.logging.v1 import audit_service_pb2, audit_service_pb2_grpc
 from deploy.dev.broker import Broker
 from services.gateway.redis import Redis
 from services.mesh.clock import SystemClock
+from services.mesh.policy import ModelPrice
 from tests.conftest import MeshFactory
 from tests.framework.identities import Identities, bearer
 from tests.framework.limit_load import LimitedClient, Result
@@ -42,7 +43,8 @@ CLIENTS = 10
 TOKENS_PER_MINUTE = 6000
 WORDS, MAX_TOKENS = "one two three four five six seven eight nine ten", 10
 TOKENS_EACH = 20
-PRICE = policy_pb2.ModelPrice(prompt=150_000, completion=600_000)
+PRICED = ModelPrice(prompt=150_000, completion=600_000)
+PRICE = policy_pb2.ModelPrice(prompt=PRICED.prompt, completion=PRICED.completion)
 MANY = 10**9
 
 
@@ -213,14 +215,9 @@ async def test_nothing_reserved_leaks_whatever_becomes_of_requests(
         return records if outcome_of_all(records) else []
 
     records = await eventually(complete, timeout_s=60 + REQUESTS / 100, what="all outcomes")
-    tokens = sum(r.ended.usage.prompt_tokens + r.ended.usage.completion_tokens for r in records)
-    money = sum(
-        -(
-            -(r.ended.usage.prompt_tokens * PRICE.prompt + r.ended.usage.completion_tokens * PRICE.completion)
-            // 10**6
-        )
-        for r in records
-    )
+    usages = [record.ended.usage for record in records]
+    tokens = sum(used.prompt_tokens + used.completion_tokens for used in usages)
+    money = sum(PRICED.cost(used.prompt_tokens, used.completion_tokens) for used in usages)
     assert tokens > REQUESTS, "hardly anything was generated"
 
     async def settled() -> dict[int, int]:

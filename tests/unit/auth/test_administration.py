@@ -171,7 +171,7 @@ async def test_what_only_apply_or_an_exchange_sets_is_refused(office: Office) ->
 async def test_lists_by_pages_with_what_is_built_in(office: Office) -> None:
     await office.put(*(Role(name) for name in ("a", "u", "zz")))
     assert await office.ids(Kind.ROLE) == ["a", "admin", "auditor", "tenant-admin", "u", "user", "zz"]
-    assert await office.ids(Kind.PLAN) == ["free"]
+    assert await office.ids(Kind.PLAN) == ["free", "unlimited"]
     assert await office.ids(Kind.CLIENT) == ["app", "root"]
     assert await office.ids(Kind.CLIENT, tenant_id="acme") == ["app"]
     assert await office.ids(Kind.CLIENT, tenant_id="nobody") == []
