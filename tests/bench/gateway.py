@@ -80,7 +80,8 @@ class Bench:
             for job in (
                 Job(behind, MODEL, size.words),
                 Job(through, MODEL, size.words),
-                Job(through, subject.streamed_model, size.streamed_words, streamed=True),
+                Job(through, subject.light_model, size.words),
+                Job(through, subject.light_model, size.streamed_words, streamed=True),
             ):
                 said = (await self._run(subject, job))["text"]
                 # The last word is a number, which is another one each time.
@@ -100,7 +101,7 @@ class Bench:
             alone = await self._unary(subject, through, 1, size.alone_s)
             at_16_behind = await self._unary(None, behind, 16, size.alone_s)
             at_16 = await self._unary(subject, through, 16, size.loaded_s)
-            at_32 = await self._unary(subject, through, 32, size.loaded_s)
+            at_32 = await self._unary(subject, through, 32, size.loaded_s, subject.light_model)
             streamed = await self._streamed(subject, through)
         finally:
             subject.rest()
@@ -125,8 +126,10 @@ class Bench:
         subject.rest()
         return Memory(idle, loaded, later, requests)
 
-    async def _unary(self, subject: Subject | None, target: Target, streams: int, seconds: float) -> Unary:
-        job = Job(target, MODEL, self._size.words, streams=streams, seconds=seconds)
+    async def _unary(
+        self, subject: Subject | None, target: Target, streams: int, seconds: float, model: str = MODEL
+    ) -> Unary:
+        job = Job(target, model, self._size.words, streams=streams, seconds=seconds)
         done, used_s = await self._timed(subject, job)
         return Unary(
             done["requests"] / done["took_s"], done["p50_s"], done["p99_s"], used_s / done["requests"]
@@ -136,7 +139,7 @@ class Bench:
         size = self._size
         job = Job(
             target,
-            subject.streamed_model,
+            subject.light_model,
             size.streamed_words,
             streamed=True,
             streams=size.streams,

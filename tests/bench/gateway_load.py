@@ -24,8 +24,8 @@ from llmos.inference.v1 import inference_service_pb2
 
 MODEL = "echo"
 PIECES = "pieces"
-"""What our own gateways stream from: inference puts tokens together that were not fetched in time, and here
-each is to be handled for itself."""
+"""What our own gateways have from a replica that is as light as what stands behind the others, and that puts
+no tokens together: inference does with those that were not fetched in time."""
 DIGITS = 8
 MARK = b"#" + b"0" * DIGITS
 TIMEOUT_S = 60.0

@@ -66,7 +66,8 @@ class Subject:
 
     name: str
     process: Process
-    streamed_model = MODEL
+    light_model = MODEL
+    """What is asked for where as little as can be shall stand behind."""
 
     async def start(self) -> None:
         """Returns when it answers. Raises CannotMeasure."""

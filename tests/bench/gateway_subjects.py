@@ -153,7 +153,7 @@ class OwnProcess:
 class Own(Subject):
     """One edge of a gateway of ours. It never rests: its ties to the broker and to auth want to live."""
 
-    streamed_model = PIECES
+    light_model = PIECES
 
     def __init__(self, name: str, platform: Platform, own: OwnProcess, protocol: str, *, token: bool) -> None:
         """`token`: an access token is sent, and no API key. Two subjects may share one process."""

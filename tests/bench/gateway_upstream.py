@@ -1,7 +1,7 @@
 """What stands behind gateways: echoes as fast as Python allows, each as a process of its own.
 
 `python -m tests.bench.gateway_upstream http PORT` speaks OpenAI's chat completions, `grpc PORT` our public
-GenerationService and, for the streams of our own gateways, InferenceService. All say what inference's echo
+GenerationService and, for our own gateways, InferenceService. All say what inference's echo
 backend says, each token written for itself; answers are made once and kept.
 """
 
@@ -24,7 +24,16 @@ from llmos.gateway.v1 import generation_pb2, generation_service_pb2, model_servi
 from llmos.inference.v1 import fleet_service_pb2, inference_service_pb2
 
 from deploy.dev.ports import HOST
-from tests.bench.gateway_load import DIGITS, GENERATE, INFERENCE, MARK, MODEL, PIECES, STREAM_GENERATE
+from tests.bench.gateway_load import (
+    DIGITS,
+    GENERATE,
+    GENERATE_WHOLE,
+    INFERENCE,
+    MARK,
+    MODEL,
+    PIECES,
+    STREAM_GENERATE,
+)
 
 _NUMBER = re.compile(rb"#\d{%d}" % DIGITS)
 MAX_RUNNING = 256
@@ -176,6 +185,26 @@ def engine_stream(request: bytes) -> list[bytes]:
     return found
 
 
+@lru_cache(maxsize=64)
+def engine_whole(request: bytes) -> list[bytes]:
+    """What InferenceService answers in one piece."""
+    asked = inference_service_pb2.GenerateWholeRequest.FromString(request).request
+    answer = inference_service_pb2.GenerateWholeResponse(time_to_first_token_s=0.0001)
+    for event in map(
+        inference_service_pb2.GenerateResponse.FromString, engine_stream(asked.SerializeToString())
+    ):
+        if event.HasField("started"):
+            answer.started.CopyFrom(event.started)
+        elif event.HasField("finished"):
+            answer.finished.CopyFrom(event.finished)
+        elif answer.deltas:
+            answer.deltas[0].text += event.delta.text
+            answer.deltas[0].token_ids.extend(event.delta.token_ids)
+        else:
+            answer.deltas.append(event.delta)
+    return [answer.SerializeToString()]
+
+
 class GrpcEcho(grpc.GenericRpcHandler):
     """Our public service, and what a gateway asks of a replica, without parsing a request twice."""
 
@@ -186,6 +215,8 @@ class GrpcEcho(grpc.GenericRpcHandler):
             return grpc.unary_stream_rpc_method_handler(self._stream)
         if details.method == INFERENCE:
             return grpc.unary_stream_rpc_method_handler(self._engine_stream)
+        if details.method == GENERATE_WHOLE:
+            return grpc.unary_unary_rpc_method_handler(self._engine_whole)
         if details.method == LIST_MODELS:
             return grpc.unary_unary_rpc_method_handler(self._models)
         if details.method == WATCH_LOAD:
@@ -204,6 +235,9 @@ class GrpcEcho(grpc.GenericRpcHandler):
     async def _engine_stream(self, request: bytes, context: Any) -> AsyncIterator[bytes]:
         for each in answered(request, engine_stream):
             yield each
+
+    async def _engine_whole(self, request: bytes, context: Any) -> bytes:
+        return answered(request, engine_whole)[0]
 
     async def _models(self, request: bytes, context: Any) -> bytes:
         model = model_service_pb2.Model(
