@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import json
 import os
 import re
 import subprocess
@@ -11,12 +12,17 @@ from collections.abc import AsyncIterator
 from pathlib import Path
 from typing import Any
 
+import httpx
 import pytest
+from llmos.auth.v1 import admin_service_pb2, admin_service_pb2_grpc, resource_pb2
 
 from deploy.dev.environment import ROOT
+from tests.framework import openai_cases
 from tests.framework.mesh import MeshHarness
 from tests.framework.node_packages import NodeUnavailable, installed
+from tests.framework.openai_cases import complaints
 from tests.framework.ports import PortReservations
+from tests.framework.waiting import eventually
 
 HERE = Path(__file__).parent
 NODE_FOLDER = HERE / "openai_clients"
@@ -96,3 +102,56 @@ async def test_the_guides_program_in_node(mesh: MeshHarness) -> None:
     for block in blocks("js"):
         command = ["node", "--input-type=module", "-e", block]
         assert "sky" in await run(command, folder, caller(mesh))
+
+
+async def keys_of(mesh: MeshHarness) -> dict[str, str]:
+    """Keys by the names that cases know."""
+    stub = admin_service_pb2_grpc.AdminServiceStub(mesh.channel())
+    auditor = resource_pb2.Client(id="auditor", tenant_id="default", roles=["auditor"])
+    secret = ""
+    for resource in (
+        resource_pb2.Resource(client=auditor),
+        resource_pb2.Resource(api_key=resource_pb2.ApiKey(client_id="auditor")),
+    ):
+        request = admin_service_pb2.CreateResourceRequest(resource=resource)
+        secret = (await stub.CreateResource(request, metadata=mesh.bearer())).secret
+    return {"admin": mesh.admin_key, "bad": "llmos_nonsense", "auditor": secret}
+
+
+async def running(mesh: MeshHarness) -> float:
+    """How many calls the gateway serves now that generate."""
+    async with httpx.AsyncClient() as http:
+        text = (await http.get(mesh.metrics_url("gateway"))).text
+    found = re.findall(r"^llmos_calls_running\{.*GenerationService.*\} ([\d.e+]+)$", text, re.MULTILINE)
+    assert found
+    return sum(map(float, found))
+
+
+async def judge(mesh: MeshHarness, cases: list[Any], seen: list[Any]) -> None:
+    """Each case as it was expected, and nothing that goes on for a caller who has left."""
+    wrong = {one["name"]: complaints(one, each) for one, each in zip(cases, seen, strict=True)}
+    told = [f"{name}: {'; '.join(said)}" for name, said in wrong.items() if said]
+    assert not told, "\n".join(told)
+
+    async def idle() -> bool:
+        return await running(mesh) == 0
+
+    await eventually(idle, timeout_s=5, what="what was abandoned has ended")
+
+
+@pytest.fixture(scope="module")
+async def keys(mesh: MeshHarness) -> dict[str, str]:
+    return await keys_of(mesh)
+
+
+async def test_the_package_for_python(mesh: MeshHarness, keys: dict[str, str]) -> None:
+    cases = openai_cases.cases()
+    assert len(cases) >= 60
+    await judge(mesh, cases, [await openai_cases.observe(one, mesh.http_url(), keys) for one in cases])
+
+
+async def test_the_package_for_node(mesh: MeshHarness, keys: dict[str, str]) -> None:
+    cases = openai_cases.cases()
+    given = json.dumps({"url": mesh.http_url(), "keys": keys, "cases": cases})
+    said = await run(["node", "client.mjs"], node_folder(), dict(os.environ), given)
+    await judge(mesh, cases, [json.loads(line) for line in said.splitlines()])
