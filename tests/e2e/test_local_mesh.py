@@ -107,15 +107,6 @@ async def test_up_answers_refuses_a_second_and_drains_in_order(local_mesh: Local
     assert _gone(processes)
 
 
-async def test_down_stops_it(local_mesh: LocalMesh) -> None:
-    mesh = await local_mesh.up()
-    processes = local_mesh.processes()
-    down = local_mesh.command("down")
-    assert await down.wait_ended(60) == 0
-    assert await mesh.wait_ended(10) == 0
-    assert _gone(processes)
-
-
 async def test_a_crashed_service_is_named_and_ends_the_mesh(local_mesh: LocalMesh) -> None:
     mesh = await local_mesh.up()
     processes = local_mesh.processes()
@@ -136,11 +127,14 @@ async def test_a_killed_mesh_leaves_no_process_and_can_be_started_again(local_me
     assert await again.wait_ended(60) == 0
 
 
-async def test_up_with_mtls(local_mesh: LocalMesh) -> None:
+async def test_up_with_mtls_and_down_stops_it(local_mesh: LocalMesh) -> None:
     mesh = await local_mesh.up("--tls")
+    processes = local_mesh.processes()
     assert "echo" in await local_mesh.client("models")
-    mesh.signal(signal.SIGTERM)
-    assert await mesh.wait_ended(60) == 0
+    down = local_mesh.command("down")
+    assert await down.wait_ended(60) == 0
+    assert await mesh.wait_ended(10) == 0
+    assert _gone(processes)
 
 
 async def test_demo_shows_the_audit_record_and_starts_its_own_broker(tmp_path: Path) -> None:
