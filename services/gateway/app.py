@@ -241,6 +241,7 @@ async def build(settings: GatewaySettings, clock: Clock) -> App:
         clock=clock,
         instruments=Instruments(clock),
         max_tokens_limit=settings.max_tokens_limit,
+        require_deadline=settings.require_deadline,
     )
     view = PolicyView(
         authorisation,
@@ -250,7 +251,12 @@ async def build(settings: GatewaySettings, clock: Clock) -> App:
         max_request_bytes=settings.max_message_bytes,
         max_tokens=settings.max_tokens_limit,
     )
-    parser = RequestParser(max_tokens_limit=settings.max_tokens_limit)
+    parser = RequestParser(
+        max_tokens_limit=settings.max_tokens_limit,
+        max_total_tokens=settings.max_total_tokens,
+        max_prompt_bytes=settings.max_prompt_bytes,
+        max_messages=settings.max_messages,
+    )
 
     # The two edges.
     server = GrpcServer(

@@ -70,6 +70,7 @@ class RequestRecord:
         self.identity: Identity = context.identity
         self.request_id = context.request_id
         self.deadline_s = context.deadline_s
+        self.has_own_deadline = context.has_own_deadline
         self.received_s = received_s
         """Arrival, on the monotonic clock."""
         self.method = context.method

@@ -33,7 +33,16 @@ from services.gateway.limits.guard import Limits, Ticket
 from services.gateway.routing import Replica, Router
 from services.gateway.telemetry import Instruments
 from services.mesh.clock import Clock
-from services.mesh.errors import DataCorrupt, DependencyUnavailable, Internal, LlmosError, ReplicaLost, Status
+from services.mesh.errors import (
+    DataCorrupt,
+    DependencyUnavailable,
+    Internal,
+    LlmosError,
+    ReplicaLost,
+    RequestInvalid,
+    Status,
+)
+from services.mesh.interceptors import REQUEST_TIMEOUT_KEY
 
 MAX_ATTEMPTS = 2
 """A replica that is lost before it has sent anything is replaced once."""
@@ -75,8 +84,11 @@ class Completions:
         clock: Clock,
         instruments: Instruments,
         max_tokens_limit: int,
+        require_deadline: bool = False,
     ) -> None:
-        """`max_tokens_limit` is what a request asks for that names no number, for each choice."""
+        """`max_tokens_limit` is what a request asks for that names no number, for each choice.
+        `require_deadline` refuses those that leave their deadline to us."""
+        self._require_deadline = require_deadline
         self._authorisation = authorisation
         self._limits = limits
         self._max_tokens_limit = max_tokens_limit
@@ -105,6 +117,7 @@ class Completions:
             max_tokens=request.n * (request.max_tokens or self._max_tokens_limit),
             labels=request.labels,
         )
+        self._check_deadline(record)
         ticket = await self._limits.reserve(record, request)
         try:
             events = self._generated(record, request, ticket, whole)
@@ -116,6 +129,13 @@ class Completions:
         finally:
             # What an engine did is settled there; an answer from the cache is a request without tokens.
             ticket.settle(Usage() if record.has_begun else None)
+
+    def _check_deadline(self, record: RequestRecord) -> None:
+        if self._require_deadline and not record.has_own_deadline:
+            raise RequestInvalid(
+                "The request has no deadline, and this deployment serves none without.",
+                hint=f"Set a deadline on the call; on HTTP, send `{REQUEST_TIMEOUT_KEY}: SECONDS`.",
+            )
 
     async def _generated(
         self, record: RequestRecord, request: ValidGeneration, ticket: Ticket, whole: bool

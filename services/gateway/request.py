@@ -27,8 +27,20 @@ def new_seed() -> int:
 class RequestParser:
     """Holds the deployment's limits."""
 
-    def __init__(self, *, max_tokens_limit: int, assign_seed: Callable[[], int] = new_seed) -> None:
+    def __init__(
+        self,
+        *,
+        max_tokens_limit: int,
+        max_total_tokens: int = 0,
+        max_prompt_bytes: int = 0,
+        max_messages: int = 0,
+        assign_seed: Callable[[], int] = new_seed,
+    ) -> None:
+        """`settings.GatewaySettings` explains the limits; 0: none but those of the protos."""
         self._max_tokens_limit = max_tokens_limit
+        self._max_total_tokens = max_total_tokens
+        self._max_prompt_bytes = max_prompt_bytes
+        self._max_messages = max_messages
         self._assign_seed = assign_seed
 
     def generation(
@@ -58,6 +70,7 @@ class RequestParser:
         """Raises RequestInvalid or NotImplementedYet, which name the fields."""
         validation.validate(message)
         _refuse_unoffered(_unoffered_in_prompt(message.prompt, "prompt"))
+        self._check_prompt(message.prompt, "prompt")
         return ValidPrompt(model=message.model, prompt=_prompt(message.prompt))
 
     def model(self, message: model_service_pb2.GetModelRequest) -> str:
@@ -67,10 +80,24 @@ class RequestParser:
 
     def _check_limits(self, spec: Spec) -> None:
         if spec.max_tokens > self._max_tokens_limit:
+            raise _above("spec.max_tokens", self._max_tokens_limit)
+        choices = spec.n or 1
+        total = choices * (spec.max_tokens or self._max_tokens_limit)
+        if self._max_total_tokens and total > self._max_total_tokens:
+            what = f"at most {self._max_total_tokens // choices} fit with {choices} choices"
             raise RequestInvalid(
-                f"`spec.max_tokens` is above this deployment's limit of {self._max_tokens_limit}.",
-                violations=[Violation("spec.max_tokens", f"must be at most {self._max_tokens_limit}")],
+                f"All choices together may have {self._max_total_tokens} tokens in this deployment, and "
+                f"{total} are asked for.",
+                violations=[Violation("spec.max_tokens", what)],
             )
+        self._check_prompt(spec.prompt, "spec.prompt")
+
+    def _check_prompt(self, prompt: generation_pb2.Prompt, path: str) -> None:
+        if self._max_messages and len(prompt.chat.messages) > self._max_messages:
+            raise _above(f"{path}.chat.messages", self._max_messages, "messages")
+        if self._max_prompt_bytes and prompt.ByteSize() > self._max_prompt_bytes:
+            kind = "text" if prompt.WhichOneof("kind") == "text" else "chat.messages"
+            raise _above(f"{path}.{kind}", self._max_prompt_bytes, "bytes")
 
     def _sampling(self, given: generation_pb2.SamplingParams) -> Sampling:
         def optional(name: str) -> float | None:
@@ -88,6 +115,14 @@ class RequestParser:
             repetition_penalty=optional("repetition_penalty"),
             logit_bias=tuple(sorted(given.logit_bias.items())),
         )
+
+
+def _above(field: str, limit: int, unit: str = "") -> RequestInvalid:
+    number = f"{limit} {unit}".strip()
+    return RequestInvalid(
+        f"`{field}` is above this deployment's limit of {number}.",
+        violations=[Violation(field, f"must be at most {number}")],
+    )
 
 
 def validate(message: ProtoMessage) -> None:

@@ -55,6 +55,16 @@ class GatewaySettings(KafkaSettings):
     """Where interactive requests leave no place for batch, one of those is served so often all the same."""
     max_tokens_limit: int = Field(default=4096, ge=1, le=1_048_576)
     """The most that a request may ask for, for each choice."""
+    max_total_tokens: int = Field(default=0, ge=0)
+    """The same over all choices; 0: no limit of its own."""
+    max_prompt_bytes: int = Field(default=0, ge=0)
+    """Of a prompt as it comes over the wire; 0: as large as a message may be. How many tokens fit is the
+    model's to say."""
+    max_messages: int = Field(default=0, ge=0, le=1024)
+    """Of a conversation; 0: 1,024."""
+    require_deadline: bool = False
+    """Whether a request to generate is refused that names no time by which it is of no more use; else
+    `max_call_s` is its time."""
 
     key_cache_max_entries: int = Field(default=10_000, ge=1)
     """API keys that are remembered, until what they stand for expires; as many refused ones."""
@@ -151,6 +161,8 @@ class GatewaySettings(KafkaSettings):
                 raise ValueError(
                     f"http_cors_origins: {origin!r} is not an origin such as https://chat.example"
                 )
+        if 0 < self.max_total_tokens < self.max_tokens_limit:
+            raise ValueError("max_total_tokens must not be below max_tokens_limit")
         if not self.tls and self.http_listen_host not in LOOPBACK and not self.allow_plaintext:
             raise ValueError(f"http_host {self.http_listen_host} is not loopback: configure TLS")
         return self

@@ -72,6 +72,8 @@ class RequestContext:
     response_metadata: dict[str, str] = field(default_factory=dict)
     """What the answer says of itself beside its content, errors too: names in lower case, values in ASCII.
     Headers on HTTP, until the answer begins; trailing metadata on gRPC, until it ends."""
+    has_own_deadline: bool = False
+    """Whether the deadline is the caller's, and not only the server's cap."""
 
     @property
     def identity(self) -> Identity:

@@ -280,6 +280,9 @@ class Bench:
 
     replicas: list[FakeReplica]
     max_concurrent: int = 8
+    admission_limits: AdmissionLimits | None = None
+    """Instead of `max_concurrent` alone."""
+    require_deadline: bool = False
     clock: Clock = field(default_factory=SystemClock)
     audit: FakeAudit = field(default_factory=FakeAudit)
     proxies: Sequence[Network] = ()
@@ -304,7 +307,7 @@ class Bench:
             ask_again_s=0,
         )
         self.admission = Admission(
-            AdmissionLimits(max_generations=self.max_concurrent),
+            self.admission_limits or AdmissionLimits(max_generations=self.max_concurrent),
             self.router.capacity,
             self.clock,
             AdmissionInstruments(),
@@ -324,6 +327,7 @@ class Bench:
             clock=self.clock,
             instruments=Instruments(self.clock),
             max_tokens_limit=MAX_TOKENS_LIMIT,
+            require_deadline=self.require_deadline,
         )
         self.running = RunningCalls(64)
         self.trail = AuditTrail(self.audit, self.clock, lambda: self.running.is_cut())

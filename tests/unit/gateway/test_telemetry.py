@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 from typing import Any
 
 import pytest
@@ -12,11 +13,13 @@ from opentelemetry.sdk.trace.export import SimpleSpanProcessor
 from opentelemetry.sdk.trace.export.in_memory_span_exporter import InMemorySpanExporter
 from opentelemetry.trace import SpanKind
 
+from services.gateway.admission.permits import Admission, AdmissionLimits
 from services.gateway.completion import Completions
 from services.gateway.generation import Message, Prompt, Role
-from services.gateway.telemetry import Instruments
+from services.gateway.telemetry import AdmissionInstruments, Instruments
 from services.mesh import errors
-from tests.framework.gateway_fakes import MAX_TOKENS_LIMIT, Bench, FakeReplica, generation
+from tests.framework.gateway_fakes import MAX_TOKENS_LIMIT, Bench, FakeReplica, Gate, answer, generation
+from tests.framework.waiting import eventually
 
 CANARY = "canary-text"
 
@@ -25,12 +28,18 @@ class Observed:
     """A bench whose spans and metrics are kept in memory."""
 
     def __init__(self, replica: FakeReplica) -> None:
-        self.bench = Bench([replica])
+        self.bench = Bench([replica], max_concurrent=2)
         self.spans = InMemorySpanExporter()
         self.reader = InMemoryMetricReader()
         tracers = TracerProvider()
         tracers.add_span_processor(SimpleSpanProcessor(self.spans))
         meters = MeterProvider(metric_readers=[self.reader])
+        self.bench.admission = Admission(
+            AdmissionLimits(max_generations=2),
+            self.bench.router.capacity,
+            self.bench.clock,
+            AdmissionInstruments(meters=meters),
+        )
         self.bench.completions = Completions(
             authorisation=self.bench.authorisation,
             cache=self.bench.cache,
@@ -98,3 +107,28 @@ async def test_a_fault_is_named_and_an_unknown_model_is_no_time_series() -> None
     (point,) = observed.points()["gen_ai.client.operation.duration"]
     assert point.attributes["error.type"] == "MODEL_NOT_FOUND"
     assert "gen_ai.request.model" not in point.attributes
+
+
+async def test_a_wait_for_a_place_stands_on_the_span_and_in_the_metrics() -> None:
+    gate = Gate()
+    observed = Observed(FakeReplica([gate, *answer("a")], places=1))
+    first = asyncio.create_task(observed.generate())
+    await gate.reached.wait()
+    second = asyncio.create_task(observed.generate())
+    await eventually(lambda: observed.bench.admission.waiting == 1)
+    (queue,) = observed.points()["llmos.admission.queue"]
+    assert (queue.value, dict(queue.attributes)) == (1, {"priority": "interactive"})
+    with pytest.raises(errors.ConcurrencyLimit):
+        await observed.generate()
+    gate.open.set()
+    await asyncio.gather(first, second)
+    waits = [
+        dict(span.attributes or {}).get("llmos.admission.wait_s")
+        for span in observed.spans.get_finished_spans()
+    ]
+    assert [wait for wait in waits if wait is not None] == [pytest.approx(0, abs=5)]
+    points = observed.points()
+    assert points["llmos.admission.queue"][0].value == 0
+    assert points["llmos.admission.wait"][0].count == 1
+    (refused,) = points["llmos.admission.refused"]
+    assert dict(refused.attributes) == {"priority": "interactive", "reason": "concurrency"}
