@@ -132,6 +132,10 @@ bench-start: dev-env ## Measure from the start of inference to its first token, 
 soak: dev-env ## Load the platform for MINUTES=20 with all kinds of requests, and judge memory and what is left
 	@$(PY) -m tests.bench.soak $(if $(MINUTES),--minutes $(MINUTES)) $(ARGS)
 
+.PHONY: fuzz-http
+fuzz-http: dev-env ## Send what the OpenAPI document allows, and what it does not, for MINUTES=10: nothing may break
+	LLMOS_FUZZ_MINUTES=$(or $(MINUTES),10) $(PY) -m pytest -s -k r34 tests/contract/test_http_document.py $(ARGS)
+
 .PHONY: rotation
 rotation: dev-env ## Rotate signing keys every 5 s for MINUTES=5 at 200 requests a second: nobody may be refused
 	LLMOS_ROTATION_MINUTES=$(or $(MINUTES),5) $(PY) -m pytest -s tests/e2e/test_rotation.py $(ARGS)

@@ -71,4 +71,4 @@ def test_r26_each_route_stands_in_the_access_matrix() -> None:
         reached += [route for route in served if route.matches(scope)[0] is Match.FULL]
     assert len(reached) == len(ROUTES)
     assert {id(route) for route in reached} == {id(route) for route in served}
-    assert all(len((route.methods or set()) - {"HEAD"}) == 1 for route in served)
+    assert sum(len((route.methods or set()) - {"HEAD"}) for route in served) == len(ROUTES)
