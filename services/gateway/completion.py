@@ -134,7 +134,7 @@ class Completions:
         if self._require_deadline and not record.has_own_deadline:
             raise RequestInvalid(
                 "The request has no deadline, and this deployment serves none without.",
-                hint=f"Set a deadline on the call; on HTTP, send `{REQUEST_TIMEOUT_KEY}: SECONDS`.",
+                hint=f"Set a deadline on the call; on HTTP, send `{REQUEST_TIMEOUT_KEY}`.",
             )
 
     async def _generated(

@@ -9,16 +9,11 @@ from services.gateway.http_exchange import Exchange, Receive, Scope, Send
 from services.mesh.clock import Clock
 from services.mesh.context import RequestContext
 from services.mesh.errors import Draining, LlmosError, ReaderStalled, RequestInvalid, Violation
-from services.mesh.interceptors import Call, Chain, new_request_id
+from services.mesh.interceptors import REQUEST_TIMEOUT_KEY, Call, Chain, new_request_id
 from services.mesh.source_address import TrustedProxies
 
 Serve = Callable[[Exchange], Awaitable[None]]
 Fail = Callable[[Exchange, LlmosError], Awaitable[None]]
-
-
-TIMEOUT_HEADER = "x-request-timeout-ms"
-"""How long the caller will wait for the whole answer. The clients' own `x-stainless-…` are not taken for it:
-they tell how long a client waits for the next byte."""
 
 
 class Endpoint:
@@ -52,7 +47,7 @@ class Endpoint:
             response_metadata=context.response_metadata,
         )
         context.source_address = self._proxies.source_address(client[0] if client else "", exchange.headers)
-        allowed_s, malformed = _timeout_s(exchange.headers.get(TIMEOUT_HEADER))
+        allowed_s, malformed = _timeout_s(exchange.headers.get(REQUEST_TIMEOUT_KEY))
         try:
             await self._chain.run(
                 Call(context, exchange.headers, allowed_s, protocol="http"),
@@ -86,4 +81,6 @@ def _timeout_s(value: str | None) -> tuple[float | None, LlmosError | None]:
     if value.isascii() and value.isdecimal() and len(value) <= 9 and int(value) > 0:
         return int(value) / 1000, None
     said = "must be a number of milliseconds from 1 to 999999999"
-    return None, RequestInvalid(f"`{TIMEOUT_HEADER}` {said}.", violations=[Violation(TIMEOUT_HEADER, said)])
+    return None, RequestInvalid(
+        f"`{REQUEST_TIMEOUT_KEY}` {said}.", violations=[Violation(REQUEST_TIMEOUT_KEY, said)]
+    )

@@ -18,7 +18,6 @@ from __future__ import annotations
 
 import asyncio
 import logging
-import re
 import secrets
 import string
 from collections.abc import Awaitable, Callable, Mapping, Set
@@ -39,12 +38,12 @@ Authenticator = Callable[[str, Metadata, str], Awaitable[Caller]]
 """(method, metadata, source address) -> caller. Raises one of the UNAUTHENTICATED errors."""
 
 REQUEST_ID_KEY = "x-request-id"
-REQUEST_TIMEOUT_KEY = "x-request-timeout"
-"""How many seconds the caller allows, where its protocol has no deadlines: HTTP."""
+REQUEST_TIMEOUT_KEY = "x-request-timeout-ms"
+"""How long the caller will wait for the whole answer, where its protocol has no deadlines: HTTP. The clients'
+own `x-stainless-…` are not taken for it: they tell how long a client waits for the next byte."""
 DEADLINE_MARGIN_S = 0.01
 """Our own deadline is so much before the caller's, so that it gets our status and not its own."""
 
-_SECONDS = re.compile(r"[0-9]{1,6}(\.[0-9]{1,6})?")
 _ID_ALPHABET = frozenset(string.ascii_letters + string.digits + "-_")
 
 
@@ -145,8 +144,6 @@ def server_chain(
 
     async def deadline(call: Call, rest: Rest) -> None:
         allowed_s = max_call_s
-        if call.time_remaining_s is None:
-            call.time_remaining_s = _timeout_s(call.metadata)
         if call.time_remaining_s is not None:
             call.context.has_own_deadline = True
             allowed_s = min(allowed_s, call.time_remaining_s - DEADLINE_MARGIN_S)
@@ -190,19 +187,6 @@ async def normalised_errors(call: Call, rest: Rest) -> None:
     except Exception as error:
         logger.exception("%s failed", call.context.method)
         raise errors.Internal(f"{type(error).__name__} in {call.context.method}") from error
-
-
-def _timeout_s(metadata: Metadata) -> float | None:
-    """What the header says. Raises RequestInvalid."""
-    given = metadata.get(REQUEST_TIMEOUT_KEY)
-    if given is None:
-        return None
-    if not isinstance(given, str) or not _SECONDS.fullmatch(given):
-        raise errors.RequestInvalid(
-            f"`{REQUEST_TIMEOUT_KEY}` is not a number of seconds.",
-            violations=[errors.Violation(REQUEST_TIMEOUT_KEY, "must be a number such as 30 or 0.5")],
-        )
-    return float(given)
 
 
 def _well_formed(request_id: str) -> bool:

@@ -56,7 +56,7 @@ async def caller(kind: str, bench: Bench, folder: Path) -> AsyncIterator[Generat
             body = {"model": "echo-1", "messages": [{"role": "user", "content": "hi"}]}
 
             async def over_http(timeout_s: float | None = None) -> LlmosError | None:
-                own = {} if timeout_s is None else {"x-request-timeout": str(timeout_s)}
+                own = {} if timeout_s is None else {"x-request-timeout-ms": f"{timeout_s * 1000:g}"}
                 response = await client.post(
                     f"{http.url}/v1/chat/completions",
                     json=body,
