@@ -172,6 +172,17 @@ PROPERTIES = {
                 "Where callers reach HTTP; empty: as `issuer`.", pattern="^(https?://[^ ]{1,500})?$"
             ),
             "trustedProxies": names_of("CIDR blocks of proxies whose X-Forwarded-For is believed.", 64),
+            "redis": table(
+                "Redis or Valkey, which several gateways share; without, each keeps limits to itself.",
+                {
+                    "url": text(
+                        "redis://HOST:PORT/0, or rediss:// for TLS, without a password; empty: none.",
+                        pattern="^(rediss?://([^ :@/]+@)?[^ @]+)?$",
+                    ),
+                    "existingSecret": secret("An existing Secret with the password; empty for none."),
+                    "key": text("Its key.", pattern="^[-._a-zA-Z0-9]{1,253}$"),
+                },
+            ),
         },
         optional_claim=True,
     ),

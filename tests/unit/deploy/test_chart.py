@@ -91,6 +91,7 @@ def test_the_schema_is_strict_and_current() -> None:
         ({"auth__settings": {"client_secret": "x"}}, "secrets do not belong into values"),
         ({"auth__replicas": 2}, "set auth.database.url to a PostgreSQL"),
         ({"auth__database": {"existingSecret": "x"}}, "is of no use without auth.database.url"),
+        ({"gateway__redis": {"existingSecret": "x"}}, "is of no use without gateway.redis.url"),
     ],
 )
 def test_what_cannot_work_is_refused_with_a_sentence(wrong: dict[str, Any], sentence: str) -> None:
@@ -106,6 +107,7 @@ def test_what_cannot_work_is_refused_with_a_sentence(wrong: dict[str, Any], sent
         {"gateway__replicas": "2"},
         {"auth__replicas": 0},
         {"auth__database": {"url": "postgresql://llmos:secret@db/llmos"}},
+        {"gateway__redis": {"url": "redis://:secret@redis/0"}},
         {"logging__replicas": 2},
         {"logging__storage__persistent": False},
         {"kafka__bootstrapServers": "kafka"},

@@ -35,6 +35,11 @@
 {{- fail "auth.database.existingSecret is of no use without auth.database.url." -}}
 {{- end -}}
 {{- end -}}
+{{- with .Values.gateway -}}
+{{- if and .redis.existingSecret (not .redis.url) -}}
+{{- fail "gateway.redis.existingSecret is of no use without gateway.redis.url." -}}
+{{- end -}}
+{{- end -}}
 {{- range $service := list "gateway" "auth" "inference" "logging" -}}
 {{- $made := splitList "," (include "llmos.madeSettings" $) -}}
 {{- range $name, $value := (index $.Values $service).settings -}}
@@ -50,5 +55,5 @@
 
 {{/* The settings that the chart makes, for any service. */}}
 {{- define "llmos.madeSettings" -}}
-allow_plaintext,auth_target,db_password_file,db_url,drain_delay_s,drain_grace_s,grpc_port,http_port,inference_targets,instance,issuer,kafka_bootstrap_servers,kafka_ca_file,kafka_cert_file,kafka_key_file,kafka_partitions,kafka_replication,kafka_sasl_mechanism,kafka_sasl_password_file,kafka_sasl_username,kafka_security_protocol,kafka_topic_prefix,key_encryption_key_file,listen_host,load_timeout_s,log_format,log_level,logging_target,metrics_port,models_dir,otlp_endpoint,probe_port,public_url,service_secret_file,service_secrets_dir,state_dir,tls_ca_file,tls_cert_file,tls_key_file,trace_sample_ratio,trusted_proxies
+allow_plaintext,auth_target,db_password_file,db_url,drain_delay_s,drain_grace_s,grpc_port,http_port,inference_targets,instance,issuer,kafka_bootstrap_servers,kafka_ca_file,kafka_cert_file,kafka_key_file,kafka_partitions,kafka_replication,kafka_sasl_mechanism,kafka_sasl_password_file,kafka_sasl_username,kafka_security_protocol,kafka_topic_prefix,key_encryption_key_file,listen_host,load_timeout_s,log_format,log_level,logging_target,metrics_port,models_dir,otlp_endpoint,probe_port,public_url,redis_password_file,redis_url,replicas,service_secret_file,service_secrets_dir,state_dir,tls_ca_file,tls_cert_file,tls_key_file,trace_sample_ratio,trusted_proxies
 {{- end -}}
