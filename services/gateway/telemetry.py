@@ -7,7 +7,7 @@ No attribute holds text of a caller's.
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 
 from opentelemetry import metrics, trace
 from opentelemetry.metrics import CallbackOptions, Observation
@@ -26,6 +26,7 @@ from services.gateway.generation import (
 )
 from services.mesh.clock import Clock
 from services.mesh.errors import LlmosError
+from services.mesh.histograms import HISTOGRAMS, Histograms
 
 PROVIDER = "llmos"
 OPERATION_CHAT = "chat"
@@ -40,6 +41,7 @@ FINISH_NAMES: Mapping[FinishReason, str] = {
     FinishReason.CANCELLED: "cancelled",
 }
 
+_LABELS = ("gen_ai.operation.name", "gen_ai.provider.name", "gen_ai.request.model", "error.type")
 _DURATION_S = (0.01, 0.02, 0.04, 0.08, 0.16, 0.32, 0.64, 1.28, 2.56, 5.12, 10.24, 20.48, 40.96, 81.92)
 _FIRST_TOKEN_S = (
     *(0.001, 0.005, 0.01, 0.02, 0.04, 0.06, 0.08, 0.1, 0.25, 0.5, 0.75, 1.0, 2.5, 5.0, 7.5, 10.0),
@@ -124,87 +126,99 @@ class Instruments:
         clock: Clock,
         *,
         tracers: trace.TracerProvider | None = None,
-        meters: metrics.MeterProvider | None = None,
+        histograms: Histograms = HISTOGRAMS,
     ) -> None:
-        """Without providers, those of the process."""
+        """Without a provider, that of the process."""
         self._clock = clock
         self._tracer = trace.get_tracer("llmos.gateway", tracer_provider=tracers)
-        meter = metrics.get_meter("llmos.gateway", meter_provider=meters)
-        self._duration = meter.create_histogram(
+        self._duration = histograms.make(
             "gen_ai.client.operation.duration",
             unit="s",
             description="Duration of a generation, as the caller sees it.",
-            explicit_bucket_boundaries_advisory=_DURATION_S,
+            bounds=_DURATION_S,
+            labels=_LABELS,
         )
-        self._request = meter.create_histogram(
+        self._request = histograms.make(
             "gen_ai.server.request.duration",
             unit="s",
             description="Duration of a generation, from arrival to the last token.",
-            explicit_bucket_boundaries_advisory=_DURATION_S,
+            bounds=_DURATION_S,
+            labels=_LABELS,
         )
-        self._tokens = meter.create_histogram(
+        self._tokens = histograms.make(
             "gen_ai.client.token.usage",
             unit="{token}",
             description="Tokens of a generation, by type.",
-            explicit_bucket_boundaries_advisory=_TOKENS,
+            bounds=_TOKENS,
+            labels=(*_LABELS, "gen_ai.token.type"),
         )
-        self._first_token = meter.create_histogram(
+        self._first_token = histograms.make(
             "gen_ai.server.time_to_first_token",
             unit="s",
             description="From arrival to the first token.",
-            explicit_bucket_boundaries_advisory=_FIRST_TOKEN_S,
+            bounds=_FIRST_TOKEN_S,
+            labels=_LABELS,
         )
-        self._per_token = meter.create_histogram(
+        self._per_token = histograms.make(
             "gen_ai.server.time_per_output_token",
             unit="s",
             description="From the first token to the last, for each token after the first.",
-            explicit_bucket_boundaries_advisory=_PER_TOKEN_S,
+            bounds=_PER_TOKEN_S,
+            labels=_LABELS,
         )
 
     @contextmanager
     def generation(self, request: ValidGeneration, record: RequestRecord) -> Iterator[Measured]:
         """A CLIENT span around the block; what leaves the block as an error is named on it."""
         operation = OPERATION_CHAT if request.prompt.is_chat else OPERATION_TEXT
-        labels: dict[str, str] = {
-            "gen_ai.operation.name": operation,
-            "gen_ai.provider.name": PROVIDER,
-            "gen_ai.request.model": request.model,
-        }
         begun_s = self._clock.monotonic()
-        with self._tracer.start_as_current_span(
-            f"{operation} {request.model}",
-            kind=SpanKind.CLIENT,
-            attributes=labels,
-            record_exception=False,
-            set_status_on_exception=False,
-        ) as span:
-            if span.is_recording():
-                span.set_attributes(_details(request))
-                span.set_attribute("gen_ai.response.id", record.request_id)
-                span.set_attribute("gen_ai.response.model", request.model)
+        error_type = ""
+        with self._span(operation, request, record) as span:
             measured = Measured(span)
             try:
                 yield measured
             except BaseException as error:
-                labels["error.type"] = _error_type(error)
-                span.set_attribute("error.type", labels["error.type"])
+                error_type = _error_type(error)
+                span.set_attribute("error.type", error_type)
                 if isinstance(error, Exception):
-                    span.set_status(StatusCode.ERROR, labels["error.type"])
+                    span.set_status(StatusCode.ERROR, error_type)
                 raise
             finally:
+                # Whatever a caller may write there must not become a time series.
+                model = request.model if measured.known_model else ""
+                labels = (operation, PROVIDER, model, error_type)
                 self._record(labels, measured, self._clock.monotonic() - begun_s)
 
-    def _record(self, labels: dict[str, str], measured: Measured, duration_s: float) -> None:
-        if not measured.known_model:
-            # Whatever a caller may write there must not become a time series.
-            del labels["gen_ai.request.model"]
+    def _span(
+        self, operation: str, request: ValidGeneration, record: RequestRecord
+    ) -> AbstractContextManager[Span]:
+        around = trace.get_current_span()
+        if around.get_span_context().is_valid and not around.is_recording():
+            # Not sampled, and so neither would be what is inside.
+            return nullcontext(around)
+        attributes = {
+            "gen_ai.operation.name": operation,
+            "gen_ai.provider.name": PROVIDER,
+            "gen_ai.request.model": request.model,
+            "gen_ai.response.id": record.request_id,
+            "gen_ai.response.model": request.model,
+        }
+        return self._tracer.start_as_current_span(
+            f"{operation} {request.model}",
+            kind=SpanKind.CLIENT,
+            attributes={**attributes, **_details(request)},
+            record_exception=False,
+            set_status_on_exception=False,
+        )
+
+    def _record(self, labels: tuple[str, ...], measured: Measured, duration_s: float) -> None:
         self._duration.record(duration_s, labels)
         self._request.record(duration_s, labels)
         usage, first_token_s = measured.usage, measured.first_token_s
         if usage is None:
             return
-        self._tokens.record(usage.prompt_tokens, {**labels, "gen_ai.token.type": "input"})
-        self._tokens.record(usage.completion_tokens, {**labels, "gen_ai.token.type": "output"})
+        self._tokens.record(usage.prompt_tokens, (*labels, "input"))
+        self._tokens.record(usage.completion_tokens, (*labels, "output"))
         if first_token_s is not None:
             self._first_token.record(first_token_s, labels)
             if usage.completion_tokens > 1:

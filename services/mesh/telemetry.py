@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 
 import prometheus_client
+from opentelemetry import context as otel_context
 from opentelemetry import metrics, propagate, trace
 from opentelemetry.context import Context
 from opentelemetry.exporter.prometheus import PrometheusMetricReader
@@ -20,11 +21,13 @@ from opentelemetry.sdk.metrics.export import MetricReader, PeriodicExportingMetr
 from opentelemetry.sdk.resources import Resource
 from opentelemetry.sdk.trace import TracerProvider
 from opentelemetry.sdk.trace.export import BatchSpanProcessor
+from opentelemetry.sdk.trace.id_generator import RandomIdGenerator
 from opentelemetry.sdk.trace.sampling import ALWAYS_OFF, ParentBased, TraceIdRatioBased
 from opentelemetry.trace import Link, Span, SpanKind, StatusCode
 
 from services.mesh.context import RequestContext
 from services.mesh.errors import Status
+from services.mesh.histograms import HISTOGRAMS
 from services.mesh.settings import ServiceSettings
 
 __all__ = ["NO_SPAN", "Span", "Telemetry", "consumer_span", "inject", "inject_kafka", "server_span"]
@@ -32,16 +35,20 @@ __all__ = ["NO_SPAN", "Span", "Telemetry", "consumer_span", "inject", "inject_ka
 NO_SPAN = trace.INVALID_SPAN
 
 _tracer = trace.get_tracer("llmos")
+_ids = RandomIdGenerator()
+_collected = True
+"""Whether spans of this process go anywhere. `Telemetry` says so, as it sets the process's providers."""
 _meter = metrics.get_meter("llmos")
 
 # Buckets of the semantic conventions for durations in seconds.
 _SECONDS = (0.005, 0.01, 0.025, 0.05, 0.075, 0.1, 0.25, 0.5, 0.75, 1, 2.5, 5, 7.5, 10, 30, 60, 300)
 
-call_duration = _meter.create_histogram(
+call_duration = HISTOGRAMS.make(
     "rpc.server.duration",
     unit="s",
     description="Duration of calls, with their status.",
-    explicit_bucket_boundaries_advisory=_SECONDS,
+    bounds=_SECONDS,
+    labels=("rpc.method", "rpc.system", "rpc.grpc.status_code"),
 )
 calls_running: Counter[str] = Counter()
 """Calls being served, by method. Read when somebody asks: counted in the meter, each call would pay twice."""
@@ -76,6 +83,8 @@ class Telemetry:
         )
         endpoint = settings.otlp_endpoint
         # Where nobody collects spans, requests still have a trace id, and nothing is recorded.
+        global _collected
+        _collected = bool(endpoint)
         sampler = ParentBased(TraceIdRatioBased(settings.trace_sample_ratio)) if endpoint else ALWAYS_OFF
         self._tracers = TracerProvider(resource=resource, sampler=sampler)
         readers: list[MetricReader] = [PrometheusMetricReader()]
@@ -100,6 +109,8 @@ class Telemetry:
         self._meters = MeterProvider(
             resource=resource, metric_readers=readers, exemplar_filter=AlwaysOffExemplarFilter()
         )
+        for reader in readers:
+            HISTOGRAMS.join(reader, resource)
         trace.set_tracer_provider(self._tracers)
         metrics.set_meter_provider(self._meters)
         self.ports: dict[str, int] = {}
@@ -134,6 +145,18 @@ def server_span(
     context: RequestContext, metadata: Mapping[str, str | bytes], protocol: str
 ) -> Iterator[Span]:
     """A SERVER span, child of the caller's where `metadata` carries one. Fills `context.trace_id`."""
+    if not _collected and "traceparent" not in metadata:
+        # Nobody would see a span; the trace id still joins the logs of all hops.
+        unseen = trace.NonRecordingSpan(
+            trace.SpanContext(_ids.generate_trace_id(), _ids.generate_span_id(), is_remote=False)
+        )
+        context.trace_id = trace.format_trace_id(unseen.get_span_context().trace_id)
+        token = otel_context.attach(trace.set_span_in_context(unseen))
+        try:
+            yield unseen
+        finally:
+            otel_context.detach(token)
+        return
     carrier = {key: value for key, value in metadata.items() if isinstance(value, str)}
     parent: Context = propagate.extract(carrier)
     service, _, method = context.method.strip("/").partition("/")
@@ -162,9 +185,7 @@ def call_ended(span: Span, method: str, protocol: str, status: Status, duration_
         span.set_attribute("rpc.grpc.status_code", int(status))
         if status in _SERVER_FAULTS:
             span.set_status(StatusCode.ERROR, status.name)
-    call_duration.record(
-        duration_s, {"rpc.method": method, "rpc.system": protocol, "rpc.grpc.status_code": status.name}
-    )
+    call_duration.record(duration_s, (method, protocol, status.name))
 
 
 def inject() -> list[tuple[str, str]]:

@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 from opentelemetry.sdk.metrics import MeterProvider
 from opentelemetry.sdk.metrics.export import InMemoryMetricReader
+from opentelemetry.sdk.resources import Resource
 from opentelemetry.sdk.trace import TracerProvider
 from opentelemetry.sdk.trace.export import SimpleSpanProcessor
 from opentelemetry.sdk.trace.export.in_memory_span_exporter import InMemorySpanExporter
@@ -18,6 +19,7 @@ from services.gateway.completion import Completions
 from services.gateway.generation import Message, Prompt, Role
 from services.gateway.telemetry import AdmissionInstruments, Instruments
 from services.mesh import errors
+from services.mesh.histograms import Histograms
 from tests.framework.gateway_fakes import MAX_TOKENS_LIMIT, Bench, FakeReplica, Gate, answer, generation
 from tests.framework.waiting import eventually
 
@@ -33,7 +35,9 @@ class Observed:
         self.reader = InMemoryMetricReader()
         tracers = TracerProvider()
         tracers.add_span_processor(SimpleSpanProcessor(self.spans))
+        histograms = Histograms()
         meters = MeterProvider(metric_readers=[self.reader])
+        histograms.join(self.reader, Resource.create())
         self.bench.admission = Admission(
             AdmissionLimits(max_generations=2),
             self.bench.router.capacity,
@@ -47,7 +51,7 @@ class Observed:
             admission=self.bench.admission,
             router=self.bench.router,
             clock=self.bench.clock,
-            instruments=Instruments(self.bench.clock, tracers=tracers, meters=meters),
+            instruments=Instruments(self.bench.clock, tracers=tracers, histograms=histograms),
             max_tokens_limit=MAX_TOKENS_LIMIT,
         )
 
