@@ -103,6 +103,10 @@ limits: dev-env ## Hold two gateways with Valkey to their limits for SECONDS=60,
 	LLMOS_LIMITS_SECONDS=$(or $(SECONDS),60) LLMOS_LIMITS_REQUESTS=$(or $(REQUESTS),10000) \
 		$(PY) -m pytest -s tests/e2e/test_limits.py $(ARGS)
 
+.PHONY: overload
+overload: dev-env ## Send 4 and 10 times what can be served for SECONDS=60 each: goodput, first tokens, refusals, fairness
+	LLMOS_OVERLOAD_SECONDS=$(or $(SECONDS),60) $(PY) -m pytest -s tests/e2e/test_overload.py $(ARGS)
+
 .PHONY: precision
 precision: dev-env ## Measure what rounding costs on 5,000 tokens and 40 prompts: top-1 and perplexity beside float32
 	LLMOS_PRECISION_TOKENS=5000 LLMOS_PRECISION_PROMPTS=40 $(PY) -m pytest -s tests/unit/inference/test_precision.py $(ARGS)

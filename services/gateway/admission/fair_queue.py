@@ -1,9 +1,11 @@
-"""A queue that is fair between tenants: deficit round robin (Shreedhar and Varghese), by tokens.
+"""A queue that is fair between tenants: deficit round robin, by tokens.
 
 The tenants that wait stand in a circle. Whose turn comes gets a quantum of tokens to spend, and sends
-requests as long as what it has saved pays for them; who has nothing left to send saves nothing. Two tenants
-that both wait all the time so get the same work, within a quantum and a request, however many requests one
-of them sends. A request's place in its own tenant's line is that of its arrival.
+requests while it has any left; what the last one costs beyond that is a debt, which later turns pay first.
+(Shreedhar and Varghese save first and send then. In debt, somebody who rarely asks is served at its first
+turn, however much it asks for.) Who has nothing left to send leaves, without savings or debts. Two tenants
+that both wait all the time so get the same work, within a quantum and a request, however many requests one of
+them sends. A request's place in its own tenant's line is that of its arrival.
 """
 
 from __future__ import annotations
@@ -32,15 +34,16 @@ class _Line(Generic[E]):
 
     waiting: OrderedDict[int, E] = field(default_factory=OrderedDict)
     """By identity, so that one in the middle leaves at once."""
-    saved_tokens: int = 0
+    left_tokens: int = 0
 
     @property
     def first(self) -> E:
         return next(iter(self.waiting.values()))
 
     @property
-    def lacking_tokens(self) -> int:
-        return self.first.claim.tokens - self.saved_tokens
+    def debt_tokens(self) -> int:
+        """What it has to get before it may send: something must be left to spend."""
+        return 1 - self.left_tokens
 
 
 class FairQueue(Generic[E]):
@@ -74,7 +77,7 @@ class FairQueue(Generic[E]):
             line = self._lines[tenant_id] = _Line()
             self._circle.append(tenant_id)
             if len(self._circle) == 1:
-                line.saved_tokens = self._quantum_tokens
+                line.left_tokens = self._quantum_tokens
         line.waiting[id(entry)] = entry
         self._length += 1
 
@@ -82,14 +85,14 @@ class FairQueue(Generic[E]):
         """The entry whose turn it is. Stays the same until it leaves, also when others come."""
         if not self._circle:
             return None
-        # Where all have to save for several rounds, the rounds are counted, not walked.
-        lacking = min(line.lacking_tokens for line in self._lines.values())
-        rounds = max(-(-lacking // self._quantum_tokens) - 1, 0)
+        # Where all are in debt for several rounds, the rounds are counted, not walked.
+        debt = min(line.debt_tokens for line in self._lines.values())
+        rounds = max(-(-debt // self._quantum_tokens) - 1, 0)
         for line in self._lines.values():
-            line.saved_tokens += rounds * self._quantum_tokens
-        while (line := self._lines[self._circle[0]]).lacking_tokens > 0:
+            line.left_tokens += rounds * self._quantum_tokens
+        while (line := self._lines[self._circle[0]]).debt_tokens > 0:
             self._circle.rotate(-1)
-            self._lines[self._circle[0]].saved_tokens += self._quantum_tokens
+            self._lines[self._circle[0]].left_tokens += self._quantum_tokens
         return line.first
 
     def pop(self) -> E:
@@ -97,7 +100,7 @@ class FairQueue(Generic[E]):
         entry = self.head()
         if entry is None:
             raise IndexError("nobody waits")
-        self._lines[entry.claim.tenant_id].saved_tokens -= entry.claim.tokens
+        self._lines[entry.claim.tenant_id].left_tokens -= entry.claim.tokens
         self.remove(entry)
         return entry
 
@@ -113,7 +116,7 @@ class FairQueue(Generic[E]):
         its_turn = self._circle[0] == tenant_id
         self._circle.remove(tenant_id)
         if its_turn and self._circle:
-            self._lines[self._circle[0]].saved_tokens += self._quantum_tokens
+            self._lines[self._circle[0]].left_tokens += self._quantum_tokens
 
     def newest_of_longest(self, longer_than: int) -> E | None:
         """The newest entry of the tenant with the most entries, if they are more than `longer_than`."""

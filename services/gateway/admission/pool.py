@@ -9,8 +9,8 @@ from services.gateway.admission.claim import Claim
 from services.gateway.admission.fair_queue import E, FairQueue
 from services.gateway.generation import Priority
 
-QUANTUM_TOKENS = 2048
-"""What a tenant may spend at its turn: a request or a few."""
+QUANTUM_TOKENS = 16
+"""What a tenant may spend at its turn: less than almost any request, so that a turn is one."""
 WEIGHT_OF_NEWEST = 0.125
 """In the moving means: the last twenty values or so count."""
 
