@@ -58,15 +58,18 @@ Parameter = Callable[[str], str]
 """The name of a field of the message as the caller wrote it: the same message stands below all routes."""
 
 
-class UnsupportedMediaType(errors.RequestInvalid):
-    """The body's type or encoding is not read here. Known to HTTP alone."""
+_MEDIA_TYPE = "media_type"
 
-    default_hint = "Send JSON, not compressed, with `content-type: application/json`."
+
+def unsupported_media_type(text: str) -> errors.RequestInvalid:
+    """For a body whose type or encoding is not read here. HTTP alone knows the difference, by its status."""
+    hint = "Send JSON, not compressed, with `content-type: application/json`."
+    return errors.RequestInvalid(text, hint=hint, metadata={_MEDIA_TYPE: "unsupported"})
 
 
 def status(error: LlmosError) -> int:
     """The HTTP status."""
-    if isinstance(error, UnsupportedMediaType):
+    if _MEDIA_TYPE in error.metadata:
         return 415
     if isinstance(error, errors.MessageTooLarge):
         return 413

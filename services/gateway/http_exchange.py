@@ -12,7 +12,7 @@ from email.utils import format_datetime
 from typing import Any
 
 from services.gateway import http_errors
-from services.gateway.http_errors import UnsupportedMediaType
+from services.gateway.http_errors import unsupported_media_type
 from services.mesh.clock import Clock
 from services.mesh.errors import Cancelled, LlmosError, MessageTooLarge
 
@@ -82,15 +82,15 @@ class Exchange:
         return self._begun
 
     async def json(self, max_bytes: int) -> bytes:
-        """The whole body of a request that holds JSON, not yet parsed. Raises UnsupportedMediaType, or as
+        """The whole body of a request that holds JSON, not yet parsed. Raises RequestInvalid, or as
         `body` does."""
         # First, since who still sends does not read the answer.
         body = await self.body(max_bytes)
         if self.headers.get("content-encoding", "identity").lower() != "identity":
-            raise UnsupportedMediaType("A compressed body (content-encoding) is not read here.")
+            raise unsupported_media_type("A compressed body (content-encoding) is not read here.")
         content_type = self.headers.get("content-type", "")
         if content_type and not _JSON_TYPE.fullmatch(content_type):
-            raise UnsupportedMediaType(f"A body of the type `{content_type[:100]}` is not read here.")
+            raise unsupported_media_type(f"A body of the type `{content_type[:100]}` is not read here.")
         return body
 
     async def body(self, max_bytes: int) -> bytes:

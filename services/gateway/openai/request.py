@@ -34,6 +34,7 @@ _SAMPLING = (
 
 def to_message(body: Request) -> generation_service_pb2.StreamGenerateRequest:
     """Raises RequestInvalid."""
+    _check_numbers(body)
     message = generation_service_pb2.StreamGenerateRequest()
     spec = message.spec
     try:
@@ -48,6 +49,14 @@ def to_message(body: Request) -> generation_service_pb2.StreamGenerateRequest:
     except (ValueError, TypeError, UnicodeError) as error:
         raise RequestInvalid(f"The body holds a value that is out of range: {error}.") from None
     return message
+
+
+def _check_numbers(body: Request) -> None:
+    """How many of what there may be, before a message is made of them. Raises RequestInvalid."""
+    for name, limit in _MOST.items():
+        given = getattr(body, name, None)
+        if given is not None and not isinstance(given, str) and len(given) > limit:
+            raise refuse(name, f"has more than {limit} entries")
 
 
 def rules() -> Mapping[str, Rules]:
@@ -69,6 +78,7 @@ def _rules_of(field: FieldDescriptor) -> Rules:
     return _keywords(field.GetOptions().Extensions[validate_pb2.field])
 
 
+_SAME = {"metadata": "labels", "input": "messages"}
 _KEYWORDS = {
     "gte": "minimum",
     "lte": "maximum",
@@ -96,6 +106,18 @@ def _keywords(given: validate_pb2.FieldRules) -> Rules:
         elif rule.name in _INSIDE:
             own[_INSIDE[rule.name]] = _keywords(value)
     return {_TYPES[kind]: own}
+
+
+def _most() -> dict[str, int]:
+    """How many entries each list or map of a request may have."""
+    found, known = {}, rules()
+    for name in ("messages", "input", "stop", "stop_token_ids", "logit_bias", "metadata"):
+        allowed = known[_SAME.get(name, name)]
+        found[name] = {**allowed.get("array", {}), **allowed.get("object", {})}
+    return {name: each.get("maxItems") or each["maxProperties"] for name, each in found.items()}
+
+
+_MOST = _most()
 
 
 def _fill(spec: generation_pb2.GenerationSpec, body: Sampled) -> None:
