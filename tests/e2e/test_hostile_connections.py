@@ -1,0 +1,234 @@
+"""Hostile connections against a real gateway, on one mesh: rows 14, 15, 16, and what row 33 listens to."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+
+import grpc
+import h2.config
+import h2.connection
+import httpx
+import psutil
+import pytest
+from h2.errors import ErrorCodes
+from hyperframe.frame import ContinuationFrame, HeadersFrame
+from llmos.gateway.v1 import generation_service_pb2
+
+from services.mesh import errors, status
+from tests.conftest import MeshFactory
+from tests.framework.calls import Caller, spec
+from tests.framework.mesh import MeshHarness
+from tests.framework.waiting import eventually
+
+DRIBBLERS = 60
+RESETS = 2000
+MEMORY_BYTES = 64 * 1024 * 1024
+METHOD = "/llmos.gateway.v1.GenerationService/Generate"
+
+
+async def test_r14_r15_r16_r33_hostile_connections(make_mesh: MeshFactory) -> None:
+    """Each row in turn; between them honest calls pass."""
+    mesh = make_mesh(None)
+    await mesh.start("auth", "inference", "gateway")
+    caller = Caller(mesh)
+    process = psutil.Process(mesh.processes["gateway"].pid)
+    assert (await caller.stream("warm up")).finished
+    r33_only_expected_listeners(mesh, process)
+    await r16_hostile_parameters_never_reach_the_engine(mesh, caller)
+    for attack in (rapid_reset, continuation_flood, header_bomb):
+        before_bytes = process.memory_info().rss
+        await attack(mesh)
+        assert (await caller.stream("honest")).finished, attack.__name__
+        assert process.memory_info().rss - before_bytes < MEMORY_BYTES, attack.__name__
+    await r14_dribblers_are_cut_off(mesh, caller)
+
+
+def r33_only_expected_listeners(mesh: MeshHarness, process: psutil.Process) -> None:
+    listening = [each.laddr for each in process.net_connections("tcp") if each.status == psutil.CONN_LISTEN]
+    urls = (mesh.target("gateway"), mesh.http_url(), mesh.metrics_url("gateway").removesuffix("/metrics"))
+    assert {address.ip.removeprefix("::ffff:") for address in listening} == {"127.0.0.1"}
+    assert {address.port for address in listening} == {int(url.rpartition(":")[2]) for url in urls}
+
+
+async def r16_hostile_parameters_never_reach_the_engine(mesh: MeshHarness, caller: Caller) -> None:
+    hostile = [
+        spec("x", n=1_000_000_000),
+        spec("x", stop=["x"] * 100_000),
+        spec("x", max_tokens=4_000_000_000),
+        spec("x", labels={str(number): "" for number in range(100)}),
+        spec("x" * 2_000_000),
+    ]
+    for name in ("temperature", "top_p", "presence_penalty"):
+        for value in (float("nan"), float("inf"), -1e30):
+            hostile.append(spec("x"))
+            setattr(hostile[-1].sampling, name, value)
+    async with httpx.AsyncClient() as client:
+        before = await requests_of_the_engine(client, mesh)
+        assert before, "the engine has counted the honest call"
+        taken_s = []
+        for each in hostile:
+            request = generation_service_pb2.GenerateRequest(spec=each)
+            begun_s = time.monotonic()
+            with pytest.raises(grpc.aio.AioRpcError) as refused:
+                await caller.generation.Generate(request, metadata=mesh.bearer(), timeout=10)
+            taken_s.append(time.monotonic() - begun_s)
+            assert isinstance(status.from_rpc_error(refused.value), errors.RequestInvalid)
+        request = generation_service_pb2.GenerateRequest(spec=spec("x"))
+        metadata = [*mesh.bearer(), ("x-large", "x" * 17_000)]
+        with pytest.raises(grpc.aio.AioRpcError) as large:
+            await caller.generation.Generate(request, metadata=metadata, timeout=10)
+        assert large.value.code() is grpc.StatusCode.RESOURCE_EXHAUSTED
+        assert sorted(taken_s)[len(taken_s) // 2] < 0.1  # the machine may be busy: not each of them
+        assert await requests_of_the_engine(client, mesh) == before
+
+
+async def requests_of_the_engine(client: httpx.AsyncClient, mesh: MeshHarness) -> list[str]:
+    text = (await client.get(mesh.metrics_url("inference"))).text
+    counts = [
+        line for line in text.splitlines() if line.startswith("rpc_server_duration") and "_count" in line
+    ]
+    return [line for line in counts if "InferenceService/Generate" in line]
+
+
+class Attacker:
+    """HTTP/2 by hand, on one connection to the gRPC port."""
+
+    def __init__(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        self.reader, self.writer = reader, writer
+        self.h2 = h2.connection.H2Connection(h2.config.H2Configuration(header_encoding="utf-8"))
+        self.h2.initiate_connection()
+
+    @classmethod
+    async def connect(cls, mesh: MeshHarness) -> Attacker:
+        host, port = mesh.target("gateway").split(":")
+        attacker = cls(*await asyncio.open_connection(host, int(port)))
+        await attacker.flush()
+        return attacker
+
+    def headers(self, *more: tuple[str, str]) -> list[tuple[str, str]]:
+        return [
+            (":method", "POST"),
+            (":scheme", "http"),
+            (":path", METHOD),
+            (":authority", "gateway"),
+            ("content-type", "application/grpc"),
+            ("te", "trailers"),
+            *more,
+        ]
+
+    async def flush(self) -> None:
+        self.writer.write(self.h2.data_to_send())
+        await self.writer.drain()
+
+    async def closed(self, within_s: float) -> None:
+        """Returns when the gateway has ended the connection; raises TimeoutError."""
+        try:
+            async with asyncio.timeout(within_s):
+                while await self.reader.read(65_536):
+                    pass
+        except ConnectionError:
+            pass
+
+    async def close(self) -> None:
+        self.writer.close()
+
+
+async def rapid_reset(mesh: MeshHarness) -> None:
+    """Streams that are begun and reset at once, as fast as they can be written (CVE-2023-44487)."""
+    attacker = await Attacker.connect(mesh)
+    headers = attacker.headers(("authorization", f"Bearer {mesh.admin_key}"))
+    try:
+        for _ in range(RESETS):
+            stream_id = attacker.h2.get_next_available_stream_id()
+            attacker.h2.send_headers(stream_id, headers)
+            attacker.h2.reset_stream(stream_id, ErrorCodes.CANCEL)
+            await attacker.flush()
+    except ConnectionError:
+        pass  # ended by the gateway, which is one way to defend itself
+    await attacker.close()
+
+
+async def continuation_flood(mesh: MeshHarness) -> None:
+    """A header block that never ends (CVE-2024-27316)."""
+    attacker = await Attacker.connect(mesh)
+    begin = HeadersFrame(1)
+    begin.data = attacker.h2.encoder.encode(attacker.headers())
+    more = ContinuationFrame(1)
+    more.data = attacker.h2.encoder.encode([("x-more", "x" * 8000)], huffman=False)
+    try:
+        attacker.writer.write(begin.serialize())
+        for _ in range(5000):
+            attacker.writer.write(more.serialize())
+            await attacker.writer.drain()
+    except ConnectionError:
+        pass
+    await attacker.close()
+
+
+async def header_bomb(mesh: MeshHarness) -> None:
+    """One large header in the table of HPACK, named again and again: a few bytes that mean megabytes."""
+    attacker = await Attacker.connect(mesh)
+    bomb = [("x-bomb", "x" * 3000)] * 8000
+    frame = HeadersFrame(1)
+    frame.data = attacker.h2.encoder.encode(attacker.headers(*bomb))
+    frame.flags.add("END_HEADERS")
+    try:
+        attacker.writer.write(frame.serialize())
+        await attacker.writer.drain()
+    except ConnectionError:
+        pass
+    await attacker.close()
+
+
+async def r14_dribblers_are_cut_off(mesh: MeshHarness, caller: Caller) -> None:
+    """A byte a second of a head, of a body, and of HTTP/2's preface: ended within 10 s; others are unhurt."""
+    http, rpc = mesh.http_url().removeprefix("http://"), mesh.target("gateway")
+    head = (
+        b"POST /v1/chat/completions HTTP/1.1\r\nhost: x\r\nauthorization: Bearer " + mesh.admin_key.encode()
+    )
+    starts = [
+        (http, b"G", b"ET / HTTP/1.1\r\nx: " + b"x" * 100),
+        (http, head + b"\r\ncontent-length: 500\r\n\r\n", b"{" * 400),
+        (rpc, b"P", b"RI * HTTP/2.0\r\n\r\nSM\r\n\r\n"),
+    ]
+    slow = asyncio.create_task(caller.stream("[[tokens=24]][[delay_ms=500]] long"))
+    lasted_s = await asyncio.gather(*(dribble(*starts[number % 3]) for number in range(DRIBBLERS)))
+    assert max(lasted_s) < 12  # 10 s, and what a busy machine takes
+    assert (await caller.stream("honest")).finished
+    assert (await slow).finished
+
+
+async def dribble(target: str, at_once: bytes, then: bytes) -> float:
+    """How long the gateway kept the connection."""
+    host, port = target.split(":")
+    reader, writer = await asyncio.open_connection(host, int(port))
+    begun_s = time.monotonic()
+
+    async def write() -> None:
+        writer.write(at_once)
+        for byte in then:
+            await writer.drain()
+            await asyncio.sleep(1)
+            writer.write(bytes([byte]))
+
+    writing = asyncio.create_task(write())
+    try:
+        async with asyncio.timeout(20):
+            while await reader.read(65_536):
+                pass
+    except ConnectionError:
+        pass
+    finally:
+        writing.cancel()
+        writer.close()
+    return time.monotonic() - begun_s
+
+
+async def test_r33_without_its_secret_it_refuses_to_start(make_mesh: MeshFactory) -> None:
+    mesh = make_mesh(None)
+    mesh.configure("gateway", service_secret_file=mesh.state.logs / "none")
+    process = mesh.spawn("gateway")
+    await eventually(lambda: not process.running, timeout_s=30, what="it ends")
+    assert process.exit_code not in (0, None)
+    assert "secret" in mesh.log("gateway").lower()
