@@ -47,6 +47,9 @@ def server_options(settings: ServiceSettings) -> list[tuple[str, Any]]:
         ("grpc.max_send_message_length", MAX_SEND_BYTES),
         ("grpc.max_metadata_size", settings.max_metadata_bytes),
         ("grpc.absolute_max_metadata_size", settings.max_metadata_bytes),
+        # What is too large is refused soon: gRPC would hold the refusal back for up to a second.
+        ("grpc.http.tarpit_min_duration_ms", 0),
+        ("grpc.http.tarpit_max_duration_ms", 20),
         ("grpc.max_concurrent_streams", min(settings.max_concurrent_calls + 64, 2**31 - 1)),
         ("grpc.keepalive_time_ms", KEEPALIVE_TIME_MS),
         ("grpc.keepalive_timeout_ms", 10_000),
