@@ -12,7 +12,7 @@ ANY = "*"
 MAX_AGE_S = 600
 METHODS = b"GET, POST, DELETE"
 EXPOSED = (
-    b"x-request-id, openai-processing-ms, retry-after, retry-after-ms, x-should-retry, "
+    b"x-request-id, openai-processing-ms, retry-after, retry-after-ms, x-should-retry, x-llmos-cache, age, "
     b"x-ratelimit-limit-requests, x-ratelimit-remaining-requests, x-ratelimit-reset-requests, "
     b"x-ratelimit-limit-tokens, x-ratelimit-remaining-tokens, x-ratelimit-reset-tokens"
 )

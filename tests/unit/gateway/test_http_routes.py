@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import typing
+from pathlib import Path
 from typing import Any
 
 import httpx
@@ -23,7 +24,7 @@ from services.gateway.generation import (
     TokenLogprob,
     Usage,
 )
-from services.gateway.openai import completions, responses
+from services.gateway.openai import chat, completions, responses
 from services.gateway.openai.chat_answers import ChatCompletionChunk
 from services.gateway.openai.completions_answers import Completion
 from services.gateway.openai.responses_answers import Response
@@ -351,3 +352,10 @@ async def test_embeddings_are_refused_as_on_grpc() -> None:
     assert (refused.status_code, refused.json()["error"]["code"]) == (501, "not_implemented")
     assert refused.headers["x-should-retry"] == "false"
     assert bench.audit.ended[0].facts.method == "/llmos.gateway.v1.EmbeddingService/Embed"
+
+
+def test_the_guide_names_every_parameter() -> None:
+    guide = (Path(__file__).parents[3] / "docs" / "callers.md").read_text()
+    for kind in (chat.ChatRequest, completions.CompletionRequest, responses.ResponsesRequest):
+        missing = [name for name in kind.__struct_fields__ if f"`{name}" not in guide]
+        assert not missing, kind
