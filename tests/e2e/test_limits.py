@@ -232,40 +232,32 @@ async def test_nothing_reserved_leaks_whatever_becomes_of_requests(
         begun.add(asyncio.create_task(placed(number)))
     await asyncio.gather(*begun)
 
-    def outcome_of_all(records: list[Any]) -> bool:
-        return len(records) >= REQUESTS and all(record.HasField("ended") for record in records)
-
-    async def complete() -> list[Any]:
-        records = await audited(mesh, "busy")
-        return records if outcome_of_all(records) else []
-
-    records = await eventually(complete, timeout_s=60 + REQUESTS / 100, what="all outcomes")
-    usages = [record.ended.usage for record in records]
-    tokens = sum(used.prompt_tokens + used.completion_tokens for used in usages)
-    money = sum(PRICED.cost(used.prompt_tokens, used.completion_tokens) for used in usages)
-    assert tokens > REQUESTS, "hardly anything was generated"
-
-    async def settled() -> dict[int, int]:
-        stub = policy_service_pb2_grpc.PolicyServiceStub(mesh.channel("gateway-1"))
+    async def gone(gateway: str) -> dict[int, int]:
+        """What is gone of each limit."""
+        stub = policy_service_pb2_grpc.PolicyServiceStub(mesh.channel(gateway))
         found = await stub.GetEffectivePolicy(
             policy_service_pb2.GetEffectivePolicyRequest(), metadata=bearer(key)
         )
         return {entry.unit: entry.limit - entry.remaining for entry in found.limits}
 
-    unit = policy_service_pb2
-
-    async def agrees() -> None:
-        gone = await settled()
-        assert gone[unit.LIMIT_UNIT_CONCURRENT_REQUESTS] == 0
-        assert gone[unit.LIMIT_UNIT_BUDGET_TOKENS] == tokens
-        assert gone[unit.LIMIT_UNIT_BUDGET_MONEY] == money
+    async def agrees() -> bool:
+        records = await audited(mesh, "busy")
+        usages = [record.ended.usage for record in records]
+        # one whose deadline passed on its way never came to a gateway
+        assert REQUESTS * 0.9 <= len(records) <= REQUESTS
+        assert all(record.HasField("ended") for record in records)
+        tokens = sum(used.prompt_tokens + used.completion_tokens for used in usages)
+        money = sum(PRICED.cost(used.prompt_tokens, used.completion_tokens) for used in usages)
+        assert tokens > REQUESTS, "hardly anything was generated"
+        await gone("gateway")
+        found, unit = await gone("gateway-1"), policy_service_pb2
+        assert found[unit.LIMIT_UNIT_CONCURRENT_REQUESTS] == 0
+        assert (found[unit.LIMIT_UNIT_BUDGET_TOKENS], found[unit.LIMIT_UNIT_BUDGET_MONEY]) == (tokens, money)
         assert await reserved_in(own_valkey) == {}
-
-    async def probe() -> bool:
-        await agrees()
+        print(f"{len(records)} requests used {tokens} tokens, and so many are settled")
         return True
 
-    await eventually(probe)
+    await eventually(agrees, timeout_s=60 + REQUESTS / 100)
 
 
 async def audited(mesh: MeshHarness, client_id: str) -> list[Any]:
@@ -278,10 +270,15 @@ async def audited(mesh: MeshHarness, client_id: str) -> list[Any]:
             filter=audit_service_pb2.RequestFilter(client_id=client_id), page_size=1000, page_token=token
         )
         page = await stub.Search(request, metadata=mesh.bearer())
-        found += [record for record in page.records if "GenerationService" in record.ended.facts.method]
+        found += [record for record in page.records if "GenerationService" in _method(record)]
         token = page.next_page_token
         if not token:
             return found
+
+
+def _method(record: Any) -> str:
+    method: str = (record.ended if record.HasField("ended") else record.started).facts.method
+    return method
 
 
 async def reserved_in(server: ValkeyServer) -> dict[bytes, float]:
