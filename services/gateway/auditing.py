@@ -15,6 +15,7 @@ from collections.abc import AsyncIterator, Callable, Mapping
 from contextlib import asynccontextmanager
 from contextvars import ContextVar
 from datetime import datetime
+from functools import partial
 
 from services.gateway.generation import FinishReason, Usage
 from services.gateway.ports import AuditPort
@@ -95,13 +96,13 @@ class RequestRecord:
         self._edge = edge
         self._receive_time = receive_time
         self._audit = audit
-        self._intent: asyncio.Task[None] | None = None
+        self._intent: asyncio.Future[None] | None = None
 
     def begin(self) -> None:
         """The request has passed all refusals: starts to write its intent, and returns at once."""
         if self._intent is not None:
             raise Internal("a request began twice")
-        self._intent = asyncio.create_task(self._audit.append_started(RequestStarted(self.facts())))
+        self._intent = self._audit.append_started(RequestStarted(self.facts()))
 
     @property
     def has_begun(self) -> bool:
@@ -111,7 +112,10 @@ class RequestRecord:
         """Returns when the intent is on disk. Raises AuditUnavailable."""
         if self._intent is None:
             raise Internal("a request was answered before it began")
-        await asyncio.shield(self._intent)
+        if self._intent.done():
+            self._intent.result()
+        else:
+            await asyncio.shield(self._intent)
         self.is_committed = True
 
     def complete(self) -> None:
@@ -130,14 +134,15 @@ class RequestRecord:
             labels=self.labels,
         )
 
-    async def end(self, error: LlmosError | None, end_time: datetime) -> None:
-        """Writes the outcome, after the intent. Raises AuditUnavailable."""
-        intent_stored = False
-        if self._intent is not None:
-            with contextlib.suppress(LlmosError):
-                await self._intent
-                intent_stored = True
-        await self._audit.append_ended(
+    @property
+    def intent(self) -> asyncio.Future[None] | None:
+        """That of the intent, where the request has begun."""
+        return self._intent
+
+    def end(self, error: LlmosError | None, end_time: datetime) -> asyncio.Future[None]:
+        """Hands the outcome over, as `AuditPort.append_ended`; an intent must be settled."""
+        intent_stored = self._intent is not None and self._intent.exception() is None
+        return self._audit.append_ended(
             RequestEnded(
                 facts=self.facts(),
                 outcome=self._outcome(error, intent_stored),
@@ -184,7 +189,7 @@ class AuditTrail:
         self._audit = audit
         self._clock = clock
         self._is_cut = is_cut
-        self._writes: set[asyncio.Task[None]] = set()
+        self._writes: set[asyncio.Future[None]] = set()
 
     async def start(self) -> None:
         """Nothing to do."""
@@ -220,16 +225,16 @@ class AuditTrail:
             if not record.is_committed:
                 raise Internal(f"{context.method} was answered without an intent")
         except LlmosError as error:
-            await self._end(record, error)
+            self._end(record, error)
             raise
         except (asyncio.CancelledError, GeneratorExit):
-            await self._end(record, None if record.is_complete else self._gone(record))
+            self._end(record, None if record.is_complete else self._gone(record))
             raise
         except BaseException as error:
-            await self._end(record, Internal(type(error).__name__))
+            self._end(record, Internal(type(error).__name__))
             raise
         else:
-            await self._end(record, None)
+            self._end(record, None)
         finally:
             with contextlib.suppress(ValueError):
                 _current.reset(token)
@@ -241,16 +246,26 @@ class AuditTrail:
             return DeadlineExceeded("The deadline passed before the answer was complete.")
         return Cancelled("The caller went away.")
 
-    async def _end(self, record: RequestRecord, error: LlmosError | None) -> None:
-        """Writes the outcome even where the present task is cancelled meanwhile."""
-        write = asyncio.create_task(self._write(record, error), name=f"outcome-{record.request_id}")
+    def _end(self, record: RequestRecord, error: LlmosError | None) -> None:
+        """Hands the outcome over. Nobody waits for the disk: what a crash takes with it, the next life of
+        this process closes."""
+        intent = record.intent
+        if intent is None or intent.done():
+            write = record.end(error, self._clock.now())
+        else:
+            write = asyncio.create_task(self._end_later(record, intent, error))
         self._writes.add(write)
-        write.add_done_callback(self._writes.discard)
-        await asyncio.shield(write)
+        write.add_done_callback(partial(self._ended, record.request_id))
 
-    async def _write(self, record: RequestRecord, error: LlmosError | None) -> None:
-        try:
-            await record.end(error, self._clock.now())
-        except Exception:
+    async def _end_later(
+        self, record: RequestRecord, intent: asyncio.Future[None], error: LlmosError | None
+    ) -> None:
+        end_time = self._clock.now()
+        await asyncio.wait([intent])
+        await record.end(error, end_time)
+
+    def _ended(self, request_id: str, write: asyncio.Future[None]) -> None:
+        self._writes.discard(write)
+        if not write.cancelled() and (failure := write.exception()) is not None:
             # Nothing can be done for the request any more; the spool counts what it cannot take.
-            logger.exception("the outcome of %s was not written", record.request_id)
+            logger.error("the outcome of %s was not written", request_id, exc_info=failure)

@@ -3,6 +3,7 @@ the audit port, and tests have fakes in memory."""
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import AsyncGenerator
 from typing import Protocol
 
@@ -55,12 +56,13 @@ class VerifierPort(Protocol):
 
 
 class AuditPort(Protocol):
-    """Where the audit log begins. What has returned is on this machine's disk."""
+    """Where the audit log begins. An event is handed over, in order, when the call returns; it is on this
+    machine's disk when the future has its result."""
 
-    async def append_started(self, event: RequestStarted) -> None:
-        """Raises AuditUnavailable where the spool is full and the deployment chose `strict`."""
+    def append_started(self, event: RequestStarted) -> asyncio.Future[None]:
+        """The future raises AuditUnavailable where the spool is full and the deployment chose `strict`."""
 
-    async def append_ended(self, event: RequestEnded) -> None:
+    def append_ended(self, event: RequestEnded) -> asyncio.Future[None]:
         """As `append_started`; room is kept for the outcomes of what has begun."""
 
     def count_anonymous(self, source_address: str, reason: str) -> None:

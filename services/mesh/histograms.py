@@ -6,7 +6,6 @@ metrics (Prometheus, OTLP) together with OpenTelemetry's, in its form.
 
 from __future__ import annotations
 
-import time
 from bisect import bisect_left
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
@@ -25,8 +24,11 @@ from opentelemetry.sdk.metrics.export import (
 from opentelemetry.sdk.resources import Resource
 from opentelemetry.sdk.util.instrumentation import InstrumentationScope
 
+from services.mesh.clock import SystemClock
+
 MAX_SERIES = 2_000
 """Of one histogram. More combinations of labels are counted together, with no label at all."""
+_clock = SystemClock()
 _SCOPE = InstrumentationScope("llmos")
 
 
@@ -51,7 +53,7 @@ class Histogram:
         self.labels = tuple(labels)
         self._bounds = tuple(bounds)
         self._series: dict[tuple[str, ...], _Series] = {}
-        self._start_ns = time.time_ns()
+        self._start_ns = _now_ns()
 
     def record(self, value: float, values: tuple[str, ...]) -> None:
         """`values` are those of the labels, in their order; an empty one leaves its label out."""
@@ -69,7 +71,7 @@ class Histogram:
         """All that was recorded since the start; None where that is nothing."""
         if not self._series:
             return None
-        now_ns = time.time_ns()
+        now_ns = _now_ns()
         points = [self._point(values, series, now_ns) for values, series in tuple(self._series.items())]
         data = export.Histogram(points, AggregationTemporality.CUMULATIVE)
         return Metric(self.name, self.description, self.unit, data)
@@ -92,6 +94,10 @@ class Histogram:
             min=series.least,
             max=series.most,
         )
+
+
+def _now_ns() -> int:
+    return int(_clock.now().timestamp() * 1e9)
 
 
 @dataclass(slots=True)

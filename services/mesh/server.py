@@ -5,8 +5,8 @@ from __future__ import annotations
 import asyncio
 import inspect
 import logging
-from collections.abc import AsyncIterator, Awaitable, Callable, Iterable
-from contextlib import aclosing, asynccontextmanager
+from collections.abc import Awaitable, Callable, Iterable
+from contextlib import aclosing
 from typing import Any
 from urllib.parse import unquote
 
@@ -23,6 +23,7 @@ from services.mesh.interceptors import REQUEST_ID_KEY, Call, Chain, new_request_
 from services.mesh.running import RunningCalls
 from services.mesh.settings import ServiceSettings
 from services.mesh.source_address import NO_PROXIES, TrustedProxies
+from services.mesh.stalling import writing
 from services.mesh.tls import TlsFiles
 
 logger = logging.getLogger(__name__)
@@ -253,7 +254,7 @@ class _ChainInterceptor(grpc.aio.ServerInterceptor):
                     return
                 first = True
                 async with (
-                    _writing(servicer_context, self._write_timeout_s) as write,
+                    writing(servicer_context, self._write_timeout_s) as write,
                     aclosing(behaviour(parsed, servicer_context)) as responses,
                 ):
                     async for response in responses:
@@ -311,47 +312,6 @@ class _ChainInterceptor(grpc.aio.ServerInterceptor):
         except LlmosError as error:
             await _abort(servicer_context, error, call)
         return call
-
-
-@asynccontextmanager
-async def _writing(
-    servicer_context: Any, timeout_s: float
-) -> AsyncIterator[Callable[[object], Awaitable[None]]]:
-    """Gives the write of a stream. Raises ReaderStalled where a write takes longer than `timeout_s`.
-
-    One timer watches over all writes: a timeout of its own would be a good part of what a token costs.
-    """
-    loop = asyncio.get_running_loop()
-    begun_s: float | None = None
-    timer: asyncio.TimerHandle
-
-    async def write(response: object) -> None:
-        nonlocal begun_s
-        begun_s = loop.time()
-        await servicer_context.write(response)
-        begun_s = None
-
-    def check() -> None:
-        nonlocal timer
-        now_s = loop.time()
-        due_s = (now_s if begun_s is None else begun_s) + timeout_s
-        if due_s <= now_s:
-            stalled.reschedule(now_s)
-        else:
-            timer = loop.call_at(due_s, check)
-
-    timer = loop.call_later(timeout_s, check)
-    try:
-        async with asyncio.timeout(None) as stalled:
-            yield write
-    except TimeoutError as error:
-        if not stalled.expired():
-            raise
-        raise errors.ReaderStalled(
-            f"The reader took nothing for {timeout_s:g} s, so the stream was ended."
-        ) from error
-    finally:
-        timer.cancel()
 
 
 async def _forward(behaviour: Callable[..., Any], request: Any, servicer_context: Any) -> None:

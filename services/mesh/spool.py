@@ -28,12 +28,13 @@ from opentelemetry import trace
 
 from services.mesh.audit_protocol import Place, ProducerReport
 from services.mesh.clock import Clock
-from services.mesh.errors import AuditUnavailable, Internal, StateConflict
+from services.mesh.errors import Internal, StateConflict
 from services.mesh.event_codec import EventEncoder
 from services.mesh.events import AnonymousRejected, OtherEvent, RequestEnded, RequestStarted
 from services.mesh.spool_file import Append, Gap, Holding, Opened, SpooledEvent, SpoolFile
 from services.mesh.spool_gap import GapCounter
 from services.mesh.spool_ledger import AnonymousCounts, OpenIntent, SpoolLedger
+from services.mesh.spool_waiting import Waiting, failed
 from services.mesh.spool_writer import AppendDone, SpoolWriter
 
 logger = logging.getLogger(__name__)
@@ -73,7 +74,7 @@ class Spool:
         self._source = source
         self._mode = mode
         self._clock = clock
-        self._append_timeout_s = append_timeout_s
+        self._waiting = Waiting(refuses=mode is Mode.STRICT, timeout_s=append_timeout_s)
         self._anonymous = AnonymousCounts(max_anonymous)
         self._anonymous_interval_s = anonymous_interval_s
         self._interval_start = clock.now()
@@ -158,27 +159,26 @@ class Spool:
         if not await self._writer.stop(STOP_TIMEOUT_S):
             logger.error("the audit spool's disk hangs; what was not committed is lost")
 
-    async def append_started(self, event: RequestStarted) -> None:
-        """Writes an intent.
+    def append_started(self, event: RequestStarted) -> asyncio.Future[None]:
+        """Hands an intent over; the future has its result when it is on disk.
 
-        Raises AuditUnavailable in strict mode where it cannot be written, StateConflict where the request
-        has one already.
+        The future raises AuditUnavailable in strict mode where it cannot be written, StateConflict where the
+        request has one already.
         """
         request_id = event.facts.request_id
         ledger = self.ledger
         if request_id in ledger.open:
-            raise StateConflict(f"the request {request_id} has begun before")
+            return failed(StateConflict(f"the request {request_id} has begun before"))
         now = self._clock.now()
         body, facts = self._encoder.started(event, now)
         if len(body) > MAX_EVENT_BYTES:
-            raise Internal(f"an intent of {len(body)} bytes")
+            return failed(Internal(f"an intent of {len(body)} bytes"))
         promised = len(body) + OUTCOME_EXTRA_BYTES
         if not self._running or not ledger.admit(len(body), promised):
             self._gap.count()
-            self._refuse()
-            return
+            return self._waiting.turned_away()
         opened = ledger.open[request_id] = OpenIntent(promised, facts)
-        future: asyncio.Future[bool] = asyncio.get_running_loop().create_future()
+        waiting = self._waiting.begin(otherwise=self._mode is Mode.PERMISSIVE)
 
         def done(place: Place | None, error: Exception | None) -> None:
             if place is not None:
@@ -191,24 +191,22 @@ class Spool:
                     ledger.withdraw(opened.promised)
                 if ledger.open.get(request_id) is opened:
                     del ledger.open[request_id]
-            if not future.done():
-                future.set_result(place is not None)
+            self._waiting.settle(waiting, written=place is not None)
 
         self._writer.append(Append(body, now.timestamp(), _traceparent(), intent_of=request_id), done)
-        if not await self._within_timeout(future, otherwise=self._mode is Mode.PERMISSIVE):
-            self._refuse()
+        return waiting
 
-    async def append_ended(self, event: RequestEnded) -> None:
-        """Writes an outcome.
+    def append_ended(self, event: RequestEnded) -> asyncio.Future[None]:
+        """Hands an outcome over.
 
         Of a request with an intent it is never turned away: where the disk fails it is kept and tried
-        again. Otherwise as `append_started`. Raises StateConflict for a second outcome.
+        again. Otherwise as `append_started`. The future raises StateConflict for a second outcome.
         """
         request_id = event.facts.request_id
         ledger = self.ledger
         opened = ledger.open.get(request_id)
         if opened is not None and opened.ending:
-            raise StateConflict(f"the request {request_id} has an outcome")
+            return failed(StateConflict(f"the request {request_id} has an outcome"))
         now = self._clock.now()
         body = self._encoder.ended(event, now, b"" if opened is None else opened.facts)
         if opened is not None:
@@ -217,11 +215,9 @@ class Spool:
             opened.promised = 0
         elif not self._running or not ledger.admit(len(body)):
             self._gap.count()
-            self._refuse()
-            return
+            return self._waiting.turned_away()
         append = Append(body, now.timestamp(), _traceparent(), outcome_of=request_id)
-        future: asyncio.Future[bool] = asyncio.get_running_loop().create_future()
-        future.add_done_callback(_retrieve)
+        waiting = self._waiting.begin(otherwise=opened is not None or self._mode is Mode.PERMISSIVE)
 
         def done(place: Place | None, error: Exception | None) -> None:
             retained = error is not None and opened is not None and ledger.open.get(request_id) is opened
@@ -231,25 +227,25 @@ class Spool:
                 self._outcome_written(append, place)
                 if error is not None:
                     self._gap.count()
-            if future.done():
-                return
             if place is None and error is None:
-                future.set_exception(StateConflict(f"the request {request_id} has an outcome"))
+                if not waiting.done():
+                    waiting.set_exception(StateConflict(f"the request {request_id} has an outcome"))
             else:
-                future.set_result(place is not None or retained)
+                self._waiting.settle(waiting, written=place is not None or retained)
 
         self._writer.append(append, done)
-        sure = opened is not None or self._mode is Mode.PERMISSIVE
-        if not await self._within_timeout(future, otherwise=sure):
-            self._refuse()
+        return waiting
 
     async def append_other(self, event: OtherEvent) -> None:
         """Writes an event that belongs to no request. Raises AuditUnavailable in strict mode."""
-        future = self._append_other(event)
-        if future is None:
+        written = self._append_other(event)
+        if written is None:
             self._gap.count()
-        if future is None or not await self._within_timeout(future, otherwise=self._mode is Mode.PERMISSIVE):
-            self._refuse()
+            await self._waiting.turned_away()
+            return
+        waiting = self._waiting.begin(otherwise=self._mode is Mode.PERMISSIVE)
+        written.add_done_callback(lambda future: self._waiting.settle(waiting, written=future.result()))
+        await waiting
 
     def count_anonymous(self, source_address: str, reason: str) -> None:
         """Counts a refusal of someone unknown. Written once in an interval, for each source and reason."""
@@ -303,26 +299,14 @@ class Spool:
         logger.warning("the audit spool's disk works again")
         self.ledger.found(self.ledger.epoch, holding)
 
-    async def _within_timeout(self, future: asyncio.Future[bool], *, otherwise: bool) -> bool:
-        """Whether the event was written; `otherwise` where a hanging disk does not tell in time."""
-        loop = asyncio.get_running_loop()
-        expiry = loop.call_later(self._append_timeout_s, _settle, future, otherwise)
-        try:
-            return await future
-        finally:
-            expiry.cancel()
-
-    def _refuse(self) -> None:
-        if self._mode is Mode.STRICT:
-            raise AuditUnavailable("The audit log cannot take the request.")
-
     def _append_other(self, event: OtherEvent, gap: Gap | None = None) -> asyncio.Future[bool] | None:
-        """None where there is no room. `gap` is what is left to be recorded with this event."""
+        """Whether it was written, once that is known; None where there is no room. `gap` is what is left to
+        be recorded with it."""
         now = self._clock.now()
         body = self._encoder.other(event, now)
         if not self._running or not self.ledger.admit(len(body)):
             return None
-        future: asyncio.Future[bool] = asyncio.get_running_loop().create_future()
+        written: asyncio.Future[bool] = asyncio.get_running_loop().create_future()
 
         def done(place: Place | None, error: Exception | None) -> None:
             if place is not None:
@@ -331,11 +315,11 @@ class Spool:
                 self.ledger.withdraw(len(body))
                 if gap is None:
                     self._gap.count()
-            if not future.done():
-                future.set_result(place is not None)
+            if not written.done():
+                written.set_result(place is not None)
 
         self._writer.append(Append(body, now.timestamp(), _traceparent(), gap=gap), done)
-        return future
+        return written
 
     async def _keep_house(self) -> None:
         while True:
@@ -386,14 +370,3 @@ def _traceparent() -> str:
     if not context.is_valid:
         return ""
     return f"00-{context.trace_id:032x}-{context.span_id:016x}-{context.trace_flags:02x}"
-
-
-def _settle(future: asyncio.Future[bool], result: bool) -> None:
-    if not future.done():
-        future.set_result(result)
-
-
-def _retrieve(future: asyncio.Future[bool]) -> None:
-    """So that an outcome nobody waits for any more does not complain."""
-    if not future.cancelled():
-        future.exception()

@@ -33,7 +33,10 @@ class SpoolWriter:
         """`recovered` hears what the file has, when it was opened again after an error of the disk."""
         self._file = file
         self._recovered = recovered
-        self._queue: queue.SimpleQueue[tuple[Any, Any]] = queue.SimpleQueue()
+        self._queue: queue.SimpleQueue[list[tuple[Any, Any]]] = queue.SimpleQueue()
+        self._pending: list[tuple[Any, Any]] = []
+        """What has come in since the event loop's last turn: handed over at once, since each waking of the
+        thread takes time from both."""
         self._loop: asyncio.AbstractEventLoop | None = None
         self._thread: threading.Thread | None = None
         self._ended = asyncio.Event()
@@ -45,7 +48,7 @@ class SpoolWriter:
 
     def append(self, event: Append, done: AppendDone) -> None:
         """Writes an event with the next group."""
-        self._queue.put((event, done))
+        self._ask(event, done)
 
     async def call(self, function: Callable[[], Any], then: Callable[[Any], None] | None = None) -> Any:
         """Runs `function` in the thread, after all appends so far. Raises what it raises.
@@ -53,27 +56,36 @@ class SpoolWriter:
         `then` gets the result on the event loop, in order with the results of appends.
         """
         future: asyncio.Future[Any] = asyncio.get_running_loop().create_future()
-        self._queue.put((function, (future, then)))
+        self._ask(function, (future, then))
         return await future
 
     async def stop(self, timeout_s: float) -> bool:
         """Closes the file after all that was asked so far; False where the disk hangs for so long."""
         if self._thread is None:
             return True
-        self._queue.put((None, None))
+        self._ask(None, None)
         try:
             await asyncio.wait_for(self._ended.wait(), timeout_s)
         except TimeoutError:
             return False
         return True
 
+    def _ask(self, what: Any, whom: Any) -> None:
+        if not self._pending and self._loop is not None:
+            self._loop.call_soon(self._hand_over)
+        self._pending.append((what, whom))
+
+    def _hand_over(self) -> None:
+        jobs, self._pending = self._pending, []
+        self._queue.put(jobs)
+
     def _run(self) -> None:
         going = True
         while going:
-            jobs = [self._queue.get()]
+            jobs = self._queue.get()
             while len(jobs) < MAX_GROUP:
                 try:
-                    jobs.append(self._queue.get_nowait())
+                    jobs += self._queue.get_nowait()
                 except queue.Empty:
                     break
             results: list[Callable[[], None]] = []

@@ -7,6 +7,7 @@ from collections.abc import AsyncGenerator, AsyncIterator, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
 from datetime import UTC, datetime, timedelta
+from typing import TypeVar
 
 from services.gateway.admission.claim import Claim
 from services.gateway.admission.permits import Admission, AdmissionLimits, Permit
@@ -96,6 +97,9 @@ def fixed_policy(
         (plan,),
     )
     return FixedPolicy(PolicyEngine(document))
+
+
+T = TypeVar("T")
 
 
 class Gate:
@@ -196,19 +200,30 @@ class FakeAudit:
         self.start_error: Exception | None = None
         self.end_error: Exception | None = None
 
-    async def append_started(self, event: RequestStarted) -> None:
-        if self.gate is not None:
-            await self.gate.passing()
-        if self.start_error is not None:
-            raise self.start_error
-        self.started.append(event)
+    def append_started(self, event: RequestStarted) -> asyncio.Future[None]:
+        return self._append(self.started, event, self.gate, self.start_error)
 
-    async def append_ended(self, event: RequestEnded) -> None:
-        if self.end_gate is not None:
-            await self.end_gate.passing()
-        if self.end_error is not None:
-            raise self.end_error
-        self.ended.append(event)
+    def append_ended(self, event: RequestEnded) -> asyncio.Future[None]:
+        return self._append(self.ended, event, self.end_gate, self.end_error)
+
+    def _append(
+        self, events: list[T], event: T, gate: Gate | None, error: Exception | None
+    ) -> asyncio.Future[None]:
+        async def passing(gate: Gate) -> None:
+            await gate.passing()
+            if error is not None:
+                raise error
+            events.append(event)
+
+        if gate is not None:
+            return asyncio.create_task(passing(gate))
+        done: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+        if error is not None:
+            done.set_exception(error)
+        else:
+            events.append(event)
+            done.set_result(None)
+        return done
 
     def count_anonymous(self, source_address: str, reason: str) -> None:
         self.anonymous.append((source_address, reason))
