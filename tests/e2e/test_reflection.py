@@ -84,16 +84,15 @@ async def test_curl_gets_an_answer_a_stream_and_a_refusal(
     await mesh.start("auth", "inference", "gateway")
     body = {"model": "echo", "messages": [{"role": "user", "content": "hello there"}]}
     key = f"Authorization: Bearer {mesh.admin_key}"
-    json_type = ("-H", "Content-Type: application/json")
 
     async def answer() -> dict[str, Any]:
-        found = json.loads(await curl(mesh, "-H", key, *json_type, "-d", json.dumps(body)))
+        found = json.loads(await curl(mesh, "-H", key, "-d", json.dumps(body)))
         assert "choices" in found, found
         return found
 
     found = await eventually(answer, timeout_s=20, what="the replica is found")
     assert found["choices"][0]["message"]["content"].strip() == "hello there"
-    streamed = await curl(mesh, "-N", "-H", key, *json_type, "-d", json.dumps(body | {"stream": True}))
+    streamed = await curl(mesh, "-N", "-H", key, "-d", json.dumps(body | {"stream": True}))
     assert streamed.rstrip().endswith("data: [DONE]")
     refused = json.loads(await curl(mesh, "-d", json.dumps(body)))
     assert "Bearer" in refused["error"]["message"]
