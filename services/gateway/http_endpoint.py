@@ -59,7 +59,7 @@ class Endpoint:
             # Nobody waits for this task: it was the caller who left, or the drain that ran out of patience.
             await self._fail(exchange, Draining("The server shut down before the answer was complete."))
         finally:
-            await exchange.close()
+            exchange.close()
 
     async def _guarded(self, exchange: Exchange, malformed: LlmosError | None) -> None:
         if malformed is not None:

@@ -8,7 +8,9 @@ from __future__ import annotations
 import asyncio
 import re
 from collections.abc import Awaitable, Callable, Iterable, Mapping, MutableMapping
+from datetime import UTC, datetime
 from email.utils import format_datetime
+from functools import lru_cache
 from typing import Any
 
 from services.gateway import http_errors
@@ -66,7 +68,7 @@ class Exchange:
         self._begun = False
         self._complete = False
         self._close = False
-        self._watch: asyncio.Task[None] | None = None
+        self._watched: asyncio.Task[Any] | None = None
         self._failed: Callable[[LlmosError], bytes] = http_errors.event
         self.parameter: http_errors.Parameter = str
         """How errors name the fields of the message; a route that knows better names sets it."""
@@ -123,9 +125,10 @@ class Exchange:
 
     def watch(self) -> None:
         """From now on, the caller's leaving cancels the present task. The body must have been read."""
-        task = asyncio.current_task()
-        if task is not None:
-            self._watch = asyncio.create_task(self._watching(task))
+        self._watched = asyncio.current_task()
+        connection = self.scope.get("llmos.connection")
+        if connection is not None:
+            connection.on_gone(self._on_gone)
 
     async def respond(self, status: int, body: bytes, headers: Iterable[Header] = (JSON,)) -> None:
         """Sends the whole answer."""
@@ -158,16 +161,15 @@ class Exchange:
             body = http_errors.body(error, self.parameter)
             await self.respond(http_errors.status(error), body, (JSON, *http_errors.headers(error)))
 
-    async def close(self) -> None:
+    def close(self) -> None:
         """Ends the watching."""
-        if self._watch is not None:
-            self._watch.cancel()
+        self._watched = None
 
     async def _start(self, status: int, headers: Iterable[Header]) -> None:
         self._begun = True
         elapsed_ms = int((self._clock.monotonic() - self._received_s) * 1000)
         common = [
-            (b"date", format_datetime(self._clock.now(), usegmt=True).encode()),
+            (b"date", _date(int(self._clock.now().timestamp()))),
             (b"x-request-id", self._request_id),
             (b"openai-processing-ms", b"%d" % elapsed_ms),
         ]
@@ -177,15 +179,16 @@ class Exchange:
             common.append((b"connection", b"close"))
         await self._send({"type": "http.response.start", "status": status, "headers": [*common, *headers]})
 
-    async def _watching(self, task: asyncio.Task[Any]) -> None:
-        while not self._complete:
-            message = await self._receive()
-            if message["type"] == "http.disconnect":
-                # The same message also says that our own answer is complete.
-                if not self._complete:
-                    self.gone = True
-                    task.cancel()
-                return
+    def _on_gone(self) -> None:
+        if self._watched is not None and not self._complete:
+            self.gone = True
+            self._watched.cancel()
+
+
+@lru_cache(maxsize=4)
+def _date(at_s: int) -> bytes:
+    """RFC 9110, section 5.6.7; it is the same for all answers of a second."""
+    return format_datetime(datetime.fromtimestamp(at_s, UTC), usegmt=True).encode()
 
 
 def _joined(pairs: Iterable[Header]) -> dict[str, str]:

@@ -63,6 +63,13 @@ class BoundedProtocol(HttpToolsProtocol):
         self._head_bytes = 0
         self._unsent_bytes = 0
         self.stalled = False
+        self._tell_gone: Callable[[], None] | None = None
+
+    def on_gone(self, tell: Callable[[], None]) -> None:
+        """Has the request that is being served told when its caller leaves, now where that has happened."""
+        self._tell_gone = tell
+        if self.transport.is_closing():
+            tell()
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
         super().connection_made(transport)
@@ -77,6 +84,8 @@ class BoundedProtocol(HttpToolsProtocol):
         if self._stalling is not None:
             self._stalling.cancel()
         super().connection_lost(exc)
+        if self._tell_gone is not None:
+            self._tell_gone()
         self._on_lost()
 
     def data_received(self, data: bytes) -> None:
@@ -167,6 +176,8 @@ class BoundedProtocol(HttpToolsProtocol):
             # At once, and not when the other side has taken the rest: a task must not wait for that.
             cycle.disconnected = True
             cycle.message_event.set()
+            if self._tell_gone is not None:
+                self._tell_gone()
 
 
 class HttpServer:

@@ -6,7 +6,6 @@ yet, and the deployment's own limits. What is not offered is refused by its fiel
 
 from __future__ import annotations
 
-import secrets
 from collections.abc import Callable, Iterable
 
 from google.protobuf.message import Message as ProtoMessage
@@ -15,13 +14,14 @@ from llmos.gateway.v1 import generation_pb2, generation_service_pb2, model_servi
 from services.gateway.generation import Message, Prompt, Role, Sampling, ValidGeneration, ValidPrompt
 from services.mesh import validation
 from services.mesh.errors import NotImplementedYet, RequestInvalid, Violation
+from services.mesh.randomness import random_bytes
 
 Spec = generation_pb2.GenerationSpec
 
 
 def new_seed() -> int:
     """63 random bits: what a JSON client can hold in a signed number."""
-    return secrets.randbits(63)
+    return int.from_bytes(random_bytes(8)) >> 1
 
 
 class RequestParser:

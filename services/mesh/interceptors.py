@@ -18,7 +18,6 @@ from __future__ import annotations
 
 import asyncio
 import logging
-import secrets
 import string
 from collections.abc import Awaitable, Callable, Mapping, Set
 from dataclasses import dataclass, field
@@ -29,6 +28,7 @@ from services.mesh import errors, telemetry
 from services.mesh.clock import Clock
 from services.mesh.context import Caller, RequestContext
 from services.mesh.errors import LlmosError
+from services.mesh.randomness import random_bytes
 from services.mesh.running import RunningCalls
 
 logger = logging.getLogger(__name__)
@@ -67,7 +67,7 @@ Link = Callable[[Call, Rest], Awaitable[None]]
 
 def new_request_id() -> str:
     """128 random bits. A caller's own id is never taken on: the audit log is keyed by this."""
-    return f"req_{secrets.token_hex(16)}"
+    return f"req_{random_bytes(16).hex()}"
 
 
 class Chain:
