@@ -1,4 +1,4 @@
-"""Random bytes for ids and seeds, fetched from the system in blocks: to ask it each time would be a twentieth of
+"""Random bytes for ids and seeds, fetched from the system in blocks: asking each time would be a twentieth of
 what a request costs."""
 
 from __future__ import annotations
