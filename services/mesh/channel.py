@@ -11,6 +11,7 @@ from __future__ import annotations
 import asyncio
 import json
 from collections.abc import AsyncIterator, Awaitable, Callable
+from functools import lru_cache
 from typing import Any, Protocol
 
 import grpc
@@ -26,6 +27,8 @@ from services.mesh.tls import TlsFiles
 
 IDENTITY_KEY = "llmos-identity-bin"
 TLS_CHECK_INTERVAL_S = 1.0
+MAX_PACKED = 2048
+"""Callers whose identity is remembered in its form on the wire."""
 DEFAULT_TIMEOUT_S = 30.0
 """Of a call that is made outside of a request and names no timeout."""
 
@@ -157,9 +160,15 @@ class Channel(grpc.aio.Channel):
     ) -> Any:
         """A callable: `await call(request, timeout=None)`."""
 
+        begin: Any = None
+        opened: grpc.aio.Channel | None = None
+
         async def call(request: Any, *, timeout: float | None = None) -> Any:
+            nonlocal begin, opened
             metadata, left_s = await self.prepare(timeout)
-            begin = self.inner().unary_unary(method, request_serializer, response_deserializer)
+            inner = self.inner()
+            if inner is not opened:
+                begin, opened = inner.unary_unary(method, request_serializer, response_deserializer), inner
             return await _mapped(begin(request, timeout=left_s, metadata=metadata))
 
         return call
@@ -256,6 +265,7 @@ async def _mapped(call: Awaitable[Any]) -> Any:
         raise status.from_rpc_error(error) from error
 
 
+@lru_cache(maxsize=MAX_PACKED)
 def pack_identity(identity: Identity) -> bytes:
     """The bytes of IDENTITY_KEY. What only the edge decides by (`direct_scopes`, `models`, `addresses`) stays
     there."""
