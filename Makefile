@@ -107,6 +107,10 @@ limits: dev-env ## Hold two gateways with Valkey to their limits for SECONDS=60,
 overload: dev-env ## Send 4 and 10 times what can be served for SECONDS=60 each: goodput, first tokens, refusals, fairness
 	LLMOS_OVERLOAD_SECONDS=$(or $(SECONDS),60) $(PY) -m pytest -s tests/e2e/test_overload.py $(ARGS)
 
+.PHONY: streams
+streams: dev-env ## Serve 20,000 streams (STREAMS=N), most of them cancelled: memory, descriptors and tasks stay flat
+	LLMOS_STREAMS=$(or $(STREAMS),20000) $(PY) -m pytest -s tests/e2e/test_many_streams.py $(ARGS)
+
 .PHONY: precision
 precision: dev-env ## Measure what rounding costs on 5,000 tokens and 40 prompts: top-1 and perplexity beside float32
 	LLMOS_PRECISION_TOKENS=5000 LLMOS_PRECISION_PROMPTS=40 $(PY) -m pytest -s tests/unit/inference/test_precision.py $(ARGS)

@@ -27,7 +27,7 @@ from services.mesh.tls import TlsFiles
 
 logger = logging.getLogger(__name__)
 
-HANDSHAKE_TIMEOUT_S = 10.0
+HANDSHAKE_TIMEOUT_S = 8.0
 ABORT_TIMEOUT_S = 5.0
 """For the `finally` of requests that are cut off at the end of a drain."""
 

@@ -60,7 +60,7 @@ def server_options(settings: ServiceSettings) -> list[tuple[str, Any]]:
         # An aged connection is closed gently, so that clients look for new replicas.
         ("grpc.max_connection_age_ms", 30 * 60_000),
         ("grpc.max_connection_age_grace_ms", int(settings.max_call_s * 1000)),
-        ("grpc.server_handshake_timeout_ms", 10_000),
+        ("grpc.server_handshake_timeout_ms", 8_000),
         # Two processes on one port would split its calls.
         ("grpc.so_reuseport", 0),
     ]

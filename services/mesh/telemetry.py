@@ -7,6 +7,8 @@ of Kafka links to the span that it comes from, and does not nest under it.
 
 from __future__ import annotations
 
+import asyncio
+import sys
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -63,6 +65,24 @@ _meter.create_observable_up_down_counter(
     "llmos.calls.running", [_observe_running], description="Calls being served."
 )
 
+
+def _observe_process(loop: asyncio.AbstractEventLoop) -> None:
+    """What must not grow with the requests served: read when somebody asks, from the thread that asks."""
+
+    def tasks(options: metrics.CallbackOptions) -> Iterator[metrics.Observation]:
+        yield metrics.Observation(len(asyncio.all_tasks(loop)))
+
+    def blocks(options: metrics.CallbackOptions) -> Iterator[metrics.Observation]:
+        yield metrics.Observation(sys.getallocatedblocks())
+
+    _meter.create_observable_gauge(
+        "llmos.process.tasks", [tasks], description="Tasks of the event loop that have not ended."
+    )
+    _meter.create_observable_gauge(
+        "llmos.process.memory_blocks", [blocks], description="Blocks of memory that Python's objects hold."
+    )
+
+
 # Statuses that are the server's fault; the others are the caller's and leave a span unset.
 _SERVER_FAULTS = frozenset(
     {Status.UNKNOWN, Status.INTERNAL, Status.DATA_LOSS, Status.UNAVAILABLE, Status.UNIMPLEMENTED}
@@ -118,6 +138,7 @@ class Telemetry:
 
     async def start(self) -> None:
         """Opens the metrics port. Raises OSError with a sentence where it is taken."""
+        _observe_process(asyncio.get_running_loop())
         host, port = self._settings.listen_host, self._settings.metrics_port
         try:
             server, thread = prometheus_client.start_http_server(port, addr=host)

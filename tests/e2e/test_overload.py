@@ -47,7 +47,7 @@ class Load:
         first = (
             f"first token p50 {at(self.first_token_s, 0.5):.3f} s, p99 {at(self.first_token_s, 0.99):.3f} s"
         )
-        refused = f"p50 {at(self.refused_s, 0.5):.3f} s, p90 {at(self.refused_s, 0.9):.3f} s"
+        refused = f"p50 {at(self.refused_s, 0.5):.3f} s, p99 {at(self.refused_s, 0.99):.3f} s"
         return f"{self.served} served, {first}; {len(self.refused_s)} refused, {refused}; {self.other[:3]}"
 
 
@@ -145,7 +145,7 @@ async def r12_goodput_holds_and_the_rest_is_refused_at_once(caller: Caller) -> N
     assert at(over.first_token_s, 0.99) <= 2 * at(peak.first_token_s, 0.99)
     assert max(over.first_token_s) <= DEADLINE_S
     assert over.served + len(over.refused_s) == int(4 * CAPACITY_PER_S * SECONDS)
-    assert at(over.refused_s, 0.9) <= 0.05
+    assert at(over.refused_s, 0.99) <= 0.05
 
 
 async def r13_a_flood_hurts_nobody_else(flood: Caller, quiet: Caller) -> None:

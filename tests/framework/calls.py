@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import asyncio
 import json
+import socket
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -145,13 +148,23 @@ def _info(error: grpc.aio.AioRpcError) -> Any:
     return info
 
 
-async def cancel_sse_after_first_token(mesh: MeshHarness, text: str) -> str:
-    """Opens an SSE stream, reads one token, and goes away. Returns the request id."""
+@asynccontextmanager
+async def sse(
+    mesh: MeshHarness, text: str, *, ahead_bytes: int = 0
+) -> AsyncIterator[tuple[str, asyncio.StreamReader]]:
+    """Opens an SSE stream on a connection of its own, and goes away at the end: the request id, and the body
+    as it comes, chunked. `ahead_bytes`: more than about that is not taken from the network before it is
+    read."""
     host, port = mesh.http_url().removeprefix("http://").split(":")
     body = json.dumps(
         {"model": "echo", "stream": True, "messages": [{"role": "user", "content": text}]}
     ).encode()
-    reader, writer = await asyncio.open_connection(host, int(port))
+    connection = socket.socket()
+    connection.setblocking(False)
+    if ahead_bytes:
+        connection.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, ahead_bytes)
+    await asyncio.get_running_loop().sock_connect(connection, (host, int(port)))
+    reader, writer = await asyncio.open_connection(sock=connection, limit=ahead_bytes or 2**16)
     try:
         head = (
             "POST /v1/chat/completions HTTP/1.1",
@@ -159,17 +172,24 @@ async def cancel_sse_after_first_token(mesh: MeshHarness, text: str) -> str:
             f"Authorization: Bearer {mesh.admin_key}",
             "Content-Type: application/json",
             f"Content-Length: {len(body)}",
+            "Connection: close",
         )
         writer.write("\r\n".join(head).encode() + b"\r\n\r\n" + body)
         await writer.drain()
         headers = (await reader.readuntil(b"\r\n\r\n")).decode()
         assert headers.startswith("HTTP/1.1 200"), headers
-        while b'"content":"' not in (line := await reader.readline()):
-            assert line, "the stream ended before its first token"
+        fields = dict(line.split(": ", 1) for line in headers.lower().splitlines()[1:] if ": " in line)
+        yield fields["x-request-id"], reader
     finally:
         writer.close()
-    fields = dict(line.split(": ", 1) for line in headers.lower().splitlines()[1:] if ": " in line)
-    return fields["x-request-id"]
+
+
+async def cancel_sse_after_first_token(mesh: MeshHarness, text: str) -> str:
+    """Opens an SSE stream, reads one token, and goes away. Returns the request id."""
+    async with sse(mesh, text) as (request_id, reader):
+        while b'"content":"' not in (line := await reader.readline()):
+            assert line, "the stream ended before its first token"
+    return request_id
 
 
 OUTCOME = events_pb2.Outcome

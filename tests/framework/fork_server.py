@@ -21,7 +21,7 @@ import time
 from pathlib import Path
 
 from deploy.dev.guard import PR_SET_PDEATHSIG
-from tests.framework.forks import MAX_MESSAGE_BYTES, STATUS
+from tests.framework.forks import COLLECT, MAX_MESSAGE_BYTES, STATUS
 
 
 def main() -> None:
@@ -87,6 +87,7 @@ def _separate(parent: int) -> None:
         os._exit(1)
     signal.set_wakeup_fd(-1)
     signal.signal(signal.SIGCHLD, signal.SIG_DFL)
+    signal.signal(COLLECT, lambda *_: gc.collect())
 
 
 def _become(environment: dict[str, str], output: int) -> None:

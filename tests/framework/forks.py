@@ -22,6 +22,8 @@ from deploy.dev.processes import GUARD
 MAX_MESSAGE_BYTES = 64 * 1024
 STATUS = struct.Struct("i")
 """Of a fork's two messages: its process id, and later how it ended."""
+COLLECT = signal.SIGUSR2
+"""Makes a fork collect its garbage, so that a test sees what is really held."""
 SUPPORTED = sys.platform == "linux"
 
 

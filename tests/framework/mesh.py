@@ -24,7 +24,7 @@ from deploy.dev.environment import ROOT, Plan, service_of
 from deploy.dev.ports import HOST
 from deploy.dev.processes import Process
 from deploy.dev.state import CannotStart, State
-from tests.framework.forks import Forks
+from tests.framework.forks import COLLECT, Forks
 from tests.framework.ports import PortReservations
 
 ALL = ("auth", "logging", "inference", "gateway")
@@ -177,6 +177,16 @@ class MeshHarness:
 
     def thaw(self, name: str) -> None:
         self.processes[name].signal(signal.SIGCONT)
+
+    def collect_garbage(self, name: str) -> None:
+        """Asks the process to, and does not wait. Only where services are forked."""
+        if self._forks is None:
+            raise RuntimeError(f"{name} was not forked, so that it cannot be asked")
+        self.processes[name].signal(COLLECT)
+
+    @property
+    def forked(self) -> bool:
+        return self._forks is not None
 
     def children(self, name: str) -> list[psutil.Process]:
         """The processes that it has started: the engine of an inference replica."""

@@ -24,6 +24,9 @@ from services.mesh.errors import ConcurrencyLimit, DeadlineExceeded, LlmosError,
 
 RETRY_AFTER_MIN_S = 1.0
 RETRY_AFTER_MAX_S = 60.0
+WAIT_SAFETY = 1.5
+"""Waits vary about the mean that they are foreseen by, and a refusal is of use at once, not after a wait: who
+is let into the queue should hardly ever leave it in vain."""
 TOO_LATE = "The answer could not begin before your deadline."
 
 
@@ -223,7 +226,7 @@ class Admission:
                 f"{limits.max_queued_per_tenant} of your requests wait already.",
             )
         if capacity is not None:
-            wait_s = pool.expected_wait_s(claim, capacity)
+            wait_s = WAIT_SAFETY * pool.expected_wait_s(claim, capacity)
             if wait_s > limits.max_queue_wait_s:
                 raise self._refusal(pool, claim, Reason.WAIT, "The queue is too long at present.")
             if self._clock.monotonic() + wait_s + pool.first_token_s.value > claim.deadline_s:

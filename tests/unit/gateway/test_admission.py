@@ -214,6 +214,19 @@ async def test_r12_who_would_wait_too_long_is_told_on_arrival() -> None:
     await room.close()
 
 
+async def test_r12_who_may_wait_too_long_is_told_on_arrival_too() -> None:
+    """Waits vary: what would just be in time on average is not let in, to be refused later."""
+    room = Restaurant(1, max_queue_wait_s=2.5)
+    for _ in range(3):
+        guest = await room.arrive()
+        await room.clock.advance(2)
+        await room.finish(guest)
+    await room.arrive()
+    assert refused(await room.arrive())
+    assert room.observer.refusals == {Reason.WAIT: 1}
+    await room.close()
+
+
 async def test_r12_a_wait_has_an_end_though_nothing_was_measured() -> None:
     room = Restaurant(1, max_queue_wait_s=3)
     await room.arrive()
