@@ -144,12 +144,28 @@ async def keys(mesh: MeshHarness) -> dict[str, str]:
     return await keys_of(mesh)
 
 
+@pytest.fixture
+async def engine(mesh: MeshHarness) -> None:
+    """There is one, also after cases in which it was lost."""
+    request = {"model": "echo", "messages": [{"role": "user", "content": "hello"}]}
+    headers = {"authorization": f"Bearer {mesh.admin_key}"}
+
+    async def answers() -> bool:
+        async with httpx.AsyncClient() as http:
+            url = f"{mesh.http_url()}/v1/chat/completions"
+            return (await http.post(url, json=request, headers=headers)).status_code == 200
+
+    await eventually(answers, timeout_s=10, what="the gateway has its engine")
+
+
+@pytest.mark.usefixtures("engine")
 async def test_the_package_for_python(mesh: MeshHarness, keys: dict[str, str]) -> None:
     cases = openai_cases.cases()
     assert len(cases) >= 60
     await judge(mesh, cases, [await openai_cases.observe(one, mesh.http_url(), keys) for one in cases])
 
 
+@pytest.mark.usefixtures("engine")
 async def test_the_package_for_node(mesh: MeshHarness, keys: dict[str, str]) -> None:
     cases = openai_cases.cases()
     given = json.dumps({"url": mesh.http_url(), "keys": keys, "cases": cases})

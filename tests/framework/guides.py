@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import asyncio
 import os
+import sys
 from pathlib import Path
 
 from tests.framework.mesh import MeshHarness
 
 ROOT = Path(__file__).resolve().parents[2]
 COMMANDS_S = 60
+PROGRAMS = Path(sys.executable).parent
+"""`llmos` and `python`, for who has not activated the environment."""
 
 
 async def run(mesh: MeshHarness, script: str) -> str:
@@ -18,7 +21,7 @@ async def run(mesh: MeshHarness, script: str) -> str:
         "bash",
         "-c",
         f"set -e -o pipefail\n{script}",
-        env={**os.environ, **mesh.plan.client_environment()},
+        env={**os.environ, **mesh.plan.client_environment(), "PATH": f"{PROGRAMS}:{os.environ['PATH']}"},
         cwd=ROOT,
         stdout=asyncio.subprocess.PIPE,
         stderr=asyncio.subprocess.STDOUT,

@@ -122,8 +122,13 @@ def complaints(one: Json, seen: Json) -> list[str]:
             found += [f"{key}: {got[key]}" for key in want if not re.fullmatch(want[key], got[key])]
         elif name == "answer":
             found += [f"{path}: {view.at(path)!r}" for path in want if view.at(path) != want[path]]
-        elif (got := getattr(view, name)()) != want:
-            found.append(f"{name}: {got!r}, not {want!r}")
+        else:
+            try:
+                got = getattr(view, name)()
+            except (LookupError, TypeError):
+                got = "nothing"
+            if got != want:
+                found.append(f"{name}: {got!r}, not {want!r}")
     if "error" not in expected and "breaks" not in expected and seen["error"] is not None:
         found.append(f"error: {seen['error']}")
     return found

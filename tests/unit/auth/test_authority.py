@@ -113,7 +113,7 @@ async def test_sees_and_manages_its_own_and_its_projects(office: Office) -> None
     assert await office.ids(Kind.API_KEY, by) == ["acme-key", "acme-lab-key"]
     assert await office.ids(Kind.ADDRESS_RULE, by) == ["acme-lab-rule", "acme-rule"]
     assert await office.ids(Kind.IDENTITY_PROVIDER, by) == []
-    assert await office.ids(Kind.PLAN, by) == ["big", "free"]
+    assert await office.ids(Kind.PLAN, by) == ["big", "free", "unlimited"]
     built_in = ["admin", "auditor", "tenant-admin", "user"]
     assert await office.ids(Kind.ROLE, by) == sorted(["acme-lab-role", "acme-role", "everybody", *built_in])
     assert await office.ids(Kind.CLIENT, by, tenant_id="other") == []
