@@ -241,7 +241,7 @@ class OutgoingStream:
             self._call.cancel()
         try:
             while True:
-                response = await self._call.read()
+                response = await _read(self._call)
                 if response is grpc.aio.EOF:
                     return
                 yield response
@@ -256,6 +256,45 @@ class OutgoingStream:
         self._cancelled = True
         if self._call is not None:
             self._call.cancel()
+
+
+async def _read(call: Any) -> Any:
+    """The next response. Who is cancelled here cancels the call, and leaves the read to end by itself:
+    cancelled itself, it would never free its memory (grpc #43360). A task for each read would cost more."""
+    reading = call.read()
+    while True:
+        try:
+            waits_for = reading.send(None)
+        except StopIteration as ended:
+            return ended.value
+        if waits_for is None:
+            await asyncio.sleep(0)
+            continue
+        # As a task does that takes a future from a coroutine.
+        waits_for._asyncio_future_blocking = False
+        try:
+            await asyncio.shield(waits_for)
+        except asyncio.CancelledError:
+            if not waits_for.cancelled():
+                call.cancel()
+                _end_later(reading, waits_for)
+                raise
+        except Exception:  # noqa: S110
+            pass  # the coroutine meets it when it goes on
+
+
+def _end_later(reading: Any, waits_for: asyncio.Future[Any]) -> None:
+    """Goes on with an abandoned read when what it waits for has come."""
+
+    def go_on(_: object) -> None:
+        try:
+            following = reading.send(None)
+        except (asyncio.CancelledError, Exception):  # its end, whichever: nobody waits for it
+            return
+        following._asyncio_future_blocking = False
+        _end_later(reading, following)
+
+    waits_for.add_done_callback(go_on)
 
 
 async def _mapped(call: Awaitable[Any]) -> Any:
