@@ -216,7 +216,7 @@ def decode_command(body: bytes) -> Command:
     """Raises FrameError."""
     try:
         return _commands.decode(body)
-    except msgspec.MsgspecError as error:
+    except (msgspec.MsgspecError, UnicodeDecodeError) as error:
         raise FrameError(f"not a command: {error}") from error
 
 
@@ -224,5 +224,5 @@ def decode_report(body: bytes) -> Report:
     """Raises FrameError."""
     try:
         return _reports.decode(body)
-    except msgspec.MsgspecError as error:
+    except (msgspec.MsgspecError, UnicodeDecodeError) as error:
         raise FrameError(f"not a report: {error}") from error

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import pytest
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 
 from services.inference.engine import frames
@@ -75,6 +75,7 @@ def test_reports_come_through(frame: frames.Report) -> None:
 
 
 @given(st.binary(max_size=200))
+@example(b"\x91\xa9\x80onfigure")  # a name that is no UTF-8
 def test_anything_else_is_refused(data: bytes) -> None:
     for decode in (frames.decode_command, frames.decode_report):
         try:
