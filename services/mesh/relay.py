@@ -34,6 +34,9 @@ logger = logging.getLogger(__name__)
 
 MAX_BATCH_EVENTS = 512
 MAX_BATCH_BYTES = 512 * 1024
+GATHER_S = 0.05
+"""So long the first event waits for others: what a batch costs here, at the broker and at logging hardly
+depends on how many it has."""
 SYNC_AFTER_PUBLISH_S = 0.25
 """How long after publishing logging is asked; it takes a moment to store."""
 MAX_SYNC_PAUSE_S = 2.0
@@ -147,9 +150,10 @@ class Relay:
 
         async def publish_all() -> None:
             await appended.wait()
-            appended.clear()
             self._idle.clear()
             try:
+                await self._clock.sleep(GATHER_S)
+                appended.clear()
                 while await self.publish_once():
                     pass
             except BaseException:
