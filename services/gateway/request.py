@@ -48,7 +48,7 @@ class RequestParser:
     ) -> ValidGeneration:
         """Raises RequestInvalid or NotImplementedYet, which name the fields."""
         validation.validate(message)
-        _refuse_unoffered(_unoffered(message))
+        refuse_unoffered(_unoffered(message))
         spec = message.spec
         self._check_limits(spec)
         return ValidGeneration(
@@ -69,7 +69,7 @@ class RequestParser:
     def count_tokens(self, message: generation_service_pb2.CountTokensRequest) -> ValidPrompt:
         """Raises RequestInvalid or NotImplementedYet, which name the fields."""
         validation.validate(message)
-        _refuse_unoffered(_unoffered_in_prompt(message.prompt, "prompt"))
+        refuse_unoffered(_unoffered_in_prompt(message.prompt, "prompt"))
         self._check_prompt(message.prompt, "prompt")
         return ValidPrompt(model=message.model, prompt=_prompt(message.prompt))
 
@@ -130,7 +130,8 @@ def validate(message: ProtoMessage) -> None:
     validation.validate(message)
 
 
-def _refuse_unoffered(fields: Iterable[str]) -> None:
+def refuse_unoffered(fields: Iterable[str]) -> None:
+    """Raises NotImplementedYet, which names the fields, where there are any."""
     named = list(fields)
     if named:
         names = ", ".join(f"`{name}`" for name in named)

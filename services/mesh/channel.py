@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import asyncio
 import json
-from collections.abc import AsyncIterator, Awaitable, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable, Generator
 from functools import lru_cache
 from typing import Any, Protocol
 
@@ -258,6 +258,13 @@ class OutgoingStream:
             self._call.cancel()
 
 
+class _NextTurn:
+    """Awaited, it lets the event loop go round once."""
+
+    def __await__(self) -> Generator[None, None, None]:
+        yield
+
+
 async def _read(call: Any) -> Any:
     """The next response. Who is cancelled here cancels the call, and leaves the read to end by itself:
     cancelled itself, it would never free its memory (grpc #43360). A task for each read would cost more."""
@@ -268,7 +275,7 @@ async def _read(call: Any) -> Any:
         except StopIteration as ended:
             return ended.value
         if waits_for is None:
-            await asyncio.sleep(0)
+            await _NextTurn()
             continue
         # As a task does that takes a future from a coroutine.
         waits_for._asyncio_future_blocking = False

@@ -9,6 +9,7 @@ from msgspec import UNSET, Struct
 
 from services.gateway.openai import parsing
 from services.gateway.openai.parsing import U32, Given, Harmless, Sampled, StreamOptions
+from services.gateway.request import refuse_unoffered
 
 TOLERATED = frozenset(
     {
@@ -112,7 +113,7 @@ _decoder = msgspec.json.Decoder(ChatRequest)
 def parse(body: bytes) -> ChatRequest:
     """Raises RequestInvalid or NotImplementedYet."""
     request = parsing.decode(_decoder, body)
-    parsing.refuse_unoffered(_unoffered(request))
+    refuse_unoffered(_unoffered(request))
     both = (request.max_tokens, request.max_completion_tokens)
     if None not in both and both[0] != both[1]:
         raise parsing.refuse("max_tokens", "contradicts max_completion_tokens: send one of them")

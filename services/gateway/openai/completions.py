@@ -9,6 +9,7 @@ from msgspec import UNSET
 
 from services.gateway.openai import parsing
 from services.gateway.openai.parsing import U32, Given, Harmless, Sampled, StreamOptions
+from services.gateway.request import refuse_unoffered
 
 REFUSED: Harmless = {"echo": (False,), "suffix": ("",)}
 
@@ -50,7 +51,7 @@ def parse(body: bytes) -> CompletionRequest:
     request = parsing.decode(_decoder, body)
     if request.prompt == []:
         raise parsing.refuse("prompt", "must be a text, or a list of one text")
-    parsing.refuse_unoffered(_unoffered(request))
+    refuse_unoffered(_unoffered(request))
     parsing.check_stream_options(request.stream, request.stream_options)
     return request
 

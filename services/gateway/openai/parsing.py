@@ -13,7 +13,7 @@ from typing import Annotated, Any, TypeVar
 import msgspec
 from msgspec import UNSET, Meta, Raw, Struct, UnsetType
 
-from services.mesh.errors import NotImplementedYet, RequestInvalid, Violation
+from services.mesh.errors import RequestInvalid, Violation
 
 U32 = Annotated[int, Meta(ge=0, le=2**32 - 1)]
 Seed = Annotated[int, Meta(ge=-(2**63), le=2**63 - 1)]
@@ -95,18 +95,6 @@ def decode(decoder: msgspec.json.Decoder[Body], body: bytes) -> Body:
 def refuse(field: str, description: str) -> RequestInvalid:
     """The error for one parameter."""
     return RequestInvalid(f"`{field}` {description}.", violations=[Violation(field, description)])
-
-
-def refuse_unoffered(fields: Iterable[str]) -> None:
-    """Raises NotImplementedYet, which names the fields, where there are any."""
-    named = list(fields)
-    if named:
-        names = ", ".join(f"`{name}`" for name in named)
-        raise NotImplementedYet(
-            f"This version of the server does not offer {names}.",
-            hint="Leave it out.",
-            violations=[Violation(name, "is not offered by this version of the server") for name in named],
-        )
 
 
 def unoffered(given: Struct, fields: Harmless, path: str = "") -> Iterable[str]:

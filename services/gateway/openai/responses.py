@@ -10,6 +10,7 @@ from msgspec import UNSET, Struct
 
 from services.gateway.openai import parsing
 from services.gateway.openai.parsing import U32, Given, Harmless, Sampled, StreamOptions
+from services.gateway.request import refuse_unoffered
 from services.mesh.errors import RequestInvalid
 
 LOGPROBS = "message.output_text.logprobs"
@@ -168,9 +169,9 @@ def parse(body: bytes) -> ResponsesRequest:
         request = parsing.decode(_decoder, body)
     except RequestInvalid:
         # An item of another kind has other fields: its kind is what is to be named.
-        parsing.refuse_unoffered(_other_kinds(body))
+        refuse_unoffered(_other_kinds(body))
         raise
-    parsing.refuse_unoffered(_unoffered(request))
+    refuse_unoffered(_unoffered(request))
     for index, name in enumerate(request.include or ()):
         if name not in INCLUDABLE:
             raise parsing.refuse(f"include[{index}]", "names nothing that can be included")
