@@ -10,8 +10,8 @@ A request goes in a straight line:
   service adds two links: `auditing` (one outcome for each request, whatever ends it) and `authorisation`
   (whether policy allows it); who calls is found by `authentication` and `keys`
 - `request` parses it once into what can only be valid (`generation`)
-- `completion` is the use case: `admission`, `routing`, the replica behind `ports`, and what is counted
-  (`telemetry`); `models` and `policy_view` answer what a caller sees and may do
+- `completion` is the use case: `limits`, `cache`, `admission`, `routing`, the replica behind `ports`, and
+  what is counted (`telemetry`); `models` and `policy_view` answer what a caller sees and may do
 
 `clients` speaks to the other services, `settings` is what the process is told, `app` puts it together.
 """
