@@ -34,7 +34,10 @@ class Rule(Enum):
 
 RULES: Mapping[str, Rule] = {
     **dict.fromkeys(sorted(OPEN_METHODS), Rule.OPEN),
-    **{_TOKENS + method: Rule.SERVICE for method in ("VerifyApiKey", "WatchRevocations", "WatchPolicy")},
+    **{
+        _TOKENS + method: Rule.SERVICE
+        for method in ("VerifyApiKey", "RenewIdentity", "WatchRevocations", "WatchPolicy")
+    },
     **{method: Rule.ADMINISTRATOR for method in ACTIONS if method.startswith(_ADMIN)},
 }
 

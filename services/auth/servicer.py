@@ -16,6 +16,7 @@ from services.auth.signing.ring import KeyRing
 from services.auth.watching import Hub
 from services.mesh.access_token import Audience
 from services.mesh.context import Identity
+from services.mesh.errors import NotImplementedYet
 from services.mesh.policy import RevocationKind
 from services.mesh.policy_codec import document_message
 from services.mesh.revocation import Revocation
@@ -100,6 +101,11 @@ class TokenServicer(token_service_pb2_grpc.TokenServiceServicer):
         return token_service_pb2.VerifyApiKeyResponse(
             access_token=_access_token(signed), identity=_identity(signed.identity)
         )
+
+    async def RenewIdentity(
+        self, request: token_service_pb2.RenewIdentityRequest, context: Any
+    ) -> token_service_pb2.RenewIdentityResponse:
+        raise NotImplementedYet("`RenewIdentity` is not offered by this version of the server.")
 
     async def IntrospectToken(
         self, request: token_service_pb2.IntrospectTokenRequest, context: Any

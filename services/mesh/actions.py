@@ -44,19 +44,22 @@ _SIGNED_IN = {
         "AnswerQuestion",
         "GenerateCode",
     ),
-    "JobService": (
-        "SubmitJob",
-        "GetJob",
-        "ListJobs",
-        "CancelJob",
-        "WatchJob",
-        "ListDeadLetters",
-        "ReplayDeadLetter",
-        "DiscardDeadLetter",
-    ),
     "PolicyService": ("GetEffectivePolicy",),
 }
 """These answer UNIMPLEMENTED so far, save the last; the scopes come with them."""
+_JOBS = (
+    "SubmitJob",
+    "SubmitJobs",
+    "GetJob",
+    "ListJobs",
+    "CountJobs",
+    "CancelJob",
+    "WatchJob",
+    "ListDeadLetters",
+    "ReplayDeadLetter",
+    "ReplayDeadLetters",
+    "DiscardDeadLetter",
+)
 _ADMINISTRATION = (
     "CreateResource",
     "GetResource",
@@ -83,6 +86,7 @@ ACTIONS: Mapping[str, Action] = {
         Action(f"{_GATEWAY}ModelService/GetModel", (READ_MODELS,)),
         Action("/llmos.logging.v1.AuditService/Search", (READ_AUDIT,), by_scopes=True),
         Action("/llmos.logging.v1.AuditService/Tail", (READ_AUDIT,), by_scopes=True),
+        *(Action(f"{_GATEWAY}JobService/{method}", (GENERATE,), by_scopes=True) for method in _JOBS),
         *(Action(_ADMIN + method, (ADMIN, TENANT_ADMIN), by_scopes=True) for method in _ADMINISTRATION),
         *(
             Action(f"{_GATEWAY}{service}/{method}", ())

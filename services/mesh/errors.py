@@ -10,7 +10,7 @@ LlmosError
 ├── FAILED_PRECONDITION  StateConflict IdempotencyMismatch NotCached
 ├── RESOURCE_EXHAUSTED   MessageTooLarge ConcurrencyLimit RateLimit BudgetExhausted Overloaded
 ├── ABORTED              Conflict IdempotencyRunning StreamLost ReaderStalled
-├── UNAVAILABLE          NoReplica ReplicaLost Draining DependencyUnavailable AuditUnavailable
+├── UNAVAILABLE          NoReplica ReplicaLost Draining DependencyUnavailable AuditUnavailable WorkerLost
 ├── DEADLINE_EXCEEDED    DeadlineExceeded
 ├── CANCELLED            Cancelled
 ├── INTERNAL             Internal EngineFault
@@ -311,6 +311,14 @@ class ReaderStalled(LlmosError):
     status = Status.ABORTED
     reason = "READER_STALLED"
     default_hint = "Read the stream faster."
+
+
+class WorkerLost(LlmosError):
+    """No caller is answered with it: it stands in the history of a job."""
+
+    status = Status.UNAVAILABLE
+    reason = "WORKER_LOST"
+    default_hint = "The job is tried again, as long as it has attempts left."
 
 
 class Internal(LlmosError):

@@ -44,6 +44,9 @@ ZERO_IS_NOT_SET = {
     "llmos.auth.v1.PlanLimit.period": "only budgets have one",
     "llmos.inference.v1.GenerateRequest.priority": "a gateway of before there were priorities sends none",
     "llmos.logging.v1.RequestFilter.outcome": "a filter's fields that are not set do not filter",
+    "llmos.logging.v1.DeadLetterFilter.error_reason": "a filter's fields that are not set do not filter",
+    "llmos.gateway.v1.DeadLetterFilter.error_reason": "a filter's fields that are not set do not filter",
+    "llmos.gateway.v1.SubmitJobRequest.priority": "a job is as urgent as others where nothing else is said",
 }
 """Enum fields of requests that do not refuse zero."""
 

@@ -10,6 +10,7 @@ LlmosError
 │                           NOT_CACHED
 ├── RateLimited             CONCURRENCY_LIMIT RATE_LIMIT BUDGET_EXHAUSTED OVERLOADED
 ├── Unavailable             NO_REPLICA REPLICA_LOST DRAINING DEPENDENCY_UNAVAILABLE AUDIT_UNAVAILABLE
+│                           WORKER_LOST
 ├── DeadlineExceeded        DEADLINE_EXCEEDED
 ├── Cancelled               CANCELLED
 ├── NotImplementedByServer  NOT_IMPLEMENTED
@@ -207,6 +208,7 @@ _BY_REASON: dict[str, type[LlmosError]] = {
     "DRAINING": Unavailable,
     "DEPENDENCY_UNAVAILABLE": Unavailable,
     "AUDIT_UNAVAILABLE": Unavailable,
+    "WORKER_LOST": Unavailable,
     "DEADLINE_EXCEEDED": DeadlineExceeded,
     "CANCELLED": Cancelled,
     "NOT_IMPLEMENTED": NotImplementedByServer,

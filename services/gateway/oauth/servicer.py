@@ -62,6 +62,11 @@ class TokenServicer(token_service_pb2_grpc.TokenServiceServicer):
     ) -> token_service_pb2.VerifyApiKeyResponse:
         raise _for_services()
 
+    async def RenewIdentity(
+        self, request: token_service_pb2.RenewIdentityRequest, context: Context
+    ) -> token_service_pb2.RenewIdentityResponse:
+        raise _for_services()
+
     async def WatchRevocations(
         self, request: token_service_pb2.WatchRevocationsRequest, context: Context
     ) -> AsyncIterator[token_service_pb2.WatchRevocationsResponse]:

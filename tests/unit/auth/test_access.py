@@ -50,7 +50,7 @@ MATRIX = {
     },
     **{
         f"/llmos.auth.v1.TokenService/{method}": SERVICE
-        for method in ("VerifyApiKey", "WatchRevocations", "WatchPolicy")
+        for method in ("VerifyApiKey", "RenewIdentity", "WatchRevocations", "WatchPolicy")
     },
     **{
         f"/llmos.auth.v1.AdminService/{method}": ADMINISTRATOR

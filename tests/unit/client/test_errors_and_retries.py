@@ -46,6 +46,7 @@ CODES = {
     "DRAINING": ("UNAVAILABLE", sdk.Unavailable),
     "DEPENDENCY_UNAVAILABLE": ("UNAVAILABLE", sdk.Unavailable),
     "AUDIT_UNAVAILABLE": ("UNAVAILABLE", sdk.Unavailable),
+    "WORKER_LOST": ("UNAVAILABLE", sdk.Unavailable),
     "DEADLINE_EXCEEDED": ("DEADLINE_EXCEEDED", sdk.DeadlineExceeded),
     "CANCELLED": ("CANCELLED", sdk.Cancelled),
     "READER_STALLED": ("ABORTED", sdk.StreamError),

@@ -112,10 +112,10 @@ async def test_open_methods_pass_without_an_identity(method: str) -> None:
 async def test_r26_who_goes_by_scopes_is_told_those_that_policy_allows_now(method: str) -> None:
     """A scope may hang on a condition: what the credential holds is only the most of it."""
     office = Condition(addresses=(ip_network("10.0.0.0/8"),))
-    anywhere = frozenset({"audit.read", "tenant.admin"})
+    anywhere = frozenset({"audit.read", "generate", "tenant.admin"})
     rule = Rule("office", Effect.ALLOW, frozenset({"admin"}), office)
     authorisation = Authorisation(fixed_policy(Role("boss", scopes=anywhere, rules=(rule,))), SystemClock())
-    identity = caller("boss", scopes="admin audit.read tenant.admin", direct="")
+    identity = caller("boss", scopes="admin audit.read generate tenant.admin", direct="")
     for address, scopes in (("192.0.2.1", anywhere), ("10.1.2.3", anywhere | {"admin"})):
         call = Call(RequestContext("req_1", method, address, caller=Caller(identity)), {})
         seen: list[Identity] = []
