@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
-
 from google.protobuf.descriptor import ServiceDescriptor
 from llmos.auth.v1 import admin_service_pb2_grpc, token_service_pb2_grpc
 from llmos.gateway.v1 import (
@@ -32,9 +30,11 @@ from services.gateway.cache.redis_cache import RedisCache
 from services.gateway.clients import GrpcAuditLog, GrpcAuth, GrpcInference
 from services.gateway.completion import Completions
 from services.gateway.cutting import RunningCredentials
+from services.gateway.first_replica import FIRST_REPLICA, FirstReplica
 from services.gateway.http import HttpEdge
 from services.gateway.http_cors import Cors
 from services.gateway.http_server import HttpLimits, HttpServer
+from services.gateway.jobs.assembly import build_jobs
 from services.gateway.keys import KeyRing
 from services.gateway.limits.guard import Limits
 from services.gateway.limits.memory import MemoryLimiter
@@ -79,40 +79,6 @@ from services.mesh.tokens import Audience, Verifier
 from services.mesh.watch_client import MAX_ANSWER_BYTES, GrpcWatches
 from services.mesh.watching import POLICY, REVOCATIONS, PolicySource, watch_policy, watch_revocations
 from services.mesh.watermark_client import GrpcWatermarks
-
-FIRST_REPLICA = "first replica"
-FIRST_REPLICA_WAIT_S = 10.0
-
-
-class _FirstReplica:
-    """Holds readiness back until a replica was found, as a component: a gateway that comes up beside its
-    replicas refuses nobody. Not for long: where all are away, callers shall hear that from the gateway."""
-
-    def __init__(self, router: Router, health: Health, clock: Clock) -> None:
-        self._router = router
-        self._health = health
-        self._clock = clock
-        self._task: asyncio.Task[None] | None = None
-
-    async def start(self) -> None:
-        self._task = asyncio.create_task(self._wait(), name="first-replica")
-
-    async def stop(self) -> None:
-        if self._task is not None:
-            self._task.cancel()
-            await asyncio.gather(self._task, return_exceptions=True)
-
-    async def _wait(self) -> None:
-        waits = [
-            asyncio.ensure_future(self._router.found.wait()),
-            asyncio.ensure_future(self._clock.sleep(FIRST_REPLICA_WAIT_S)),
-        ]
-        try:
-            await asyncio.wait(waits, return_when=asyncio.FIRST_COMPLETED)
-        finally:
-            for wait in waits:
-                wait.cancel()
-        await self._health.set_part(FIRST_REPLICA, ready=True)
 
 
 async def build(settings: GatewaySettings, clock: Clock) -> App:
@@ -257,6 +223,7 @@ async def build(settings: GatewaySettings, clock: Clock) -> App:
         max_prompt_bytes=settings.max_prompt_bytes,
         max_messages=settings.max_messages,
     )
+    jobs = build_jobs(settings)
 
     # The two edges.
     server = GrpcServer(
@@ -353,7 +320,8 @@ async def build(settings: GatewaySettings, clock: Clock) -> App:
             trail,
             Closing(keys.close),
             router,
-            _FirstReplica(router, health, clock),
+            FirstReplica(router, health, clock),
+            *jobs.components,
         ),
         edges=(http,),
     )

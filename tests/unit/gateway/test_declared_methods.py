@@ -20,7 +20,8 @@ from tests.framework.gateway_http import chain_of
 
 PROTOS = Path(__file__).parents[3] / "protos" / "llmos"
 INTERNAL = {
-    f"/llmos.auth.v1.TokenService/{name}" for name in ("VerifyApiKey", "WatchRevocations", "WatchPolicy")
+    f"/llmos.auth.v1.TokenService/{name}"
+    for name in ("VerifyApiKey", "RenewIdentity", "WatchRevocations", "WatchPolicy")
 }
 """For the mesh's own services: no action stands for them, so the gateway refuses them to everybody."""
 
