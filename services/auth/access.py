@@ -13,7 +13,7 @@ from services.mesh.clock import Clock
 from services.mesh.context import Caller, Identity
 from services.mesh.decision import Facts, PolicyEngine
 from services.mesh.errors import PolicyDenied, ScopeMissing
-from services.mesh.tokens import VerifiedToken, Verifier, asserted_identity, bearer
+from services.mesh.tokens import GATEWAY, VerifiedToken, Verifier, asserted_identity, bearer
 
 __all__ = ["OPEN_METHODS", "RULES", "AccessControl", "Rule"]
 
@@ -28,16 +28,17 @@ class Rule(Enum):
     """Nothing: the request itself is the credential, or the answer is public."""
     SERVICE = auto()
     """A service's own token."""
+    GATEWAY = auto()
+    """The gateway's own token."""
     ADMINISTRATOR = auto()
     """A token for auth of an administrator, or the gateway's own, with the administrator whom it asserts."""
 
 
 RULES: Mapping[str, Rule] = {
     **dict.fromkeys(sorted(OPEN_METHODS), Rule.OPEN),
-    **{
-        _TOKENS + method: Rule.SERVICE
-        for method in ("VerifyApiKey", "RenewIdentity", "WatchRevocations", "WatchPolicy")
-    },
+    **{_TOKENS + method: Rule.SERVICE for method in ("VerifyApiKey", "WatchRevocations", "WatchPolicy")},
+    # Whoever may call it acts as anybody: only the gateway has seen their credentials.
+    _TOKENS + "RenewIdentity": Rule.GATEWAY,
     **{method: Rule.ADMINISTRATOR for method in ACTIONS if method.startswith(_ADMIN)},
 }
 
@@ -64,9 +65,11 @@ class AccessControl:
         if rule is Rule.OPEN:
             return Caller()
         verified = await self._verifier.verify(bearer(metadata))
-        if rule is Rule.SERVICE:
+        if rule in (Rule.SERVICE, Rule.GATEWAY):
             if not verified.is_service:
                 raise PolicyDenied("Only services may call this method.")
+            if rule is Rule.GATEWAY and verified.subject != GATEWAY:
+                raise PolicyDenied("Only the gateway may call this method.")
             return Caller(asserted_identity(metadata, verified), verified.subject)
         if rule is Rule.ADMINISTRATOR:
             if verified.is_service:

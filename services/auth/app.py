@@ -17,6 +17,7 @@ from services.auth.first_start import KeyFile, ensure_administrator
 from services.auth.grants.exchange import Exchange
 from services.auth.grants.introspection import Introspection
 from services.auth.grants.own_tokens import OwnTokens
+from services.auth.grants.renewal import Renewal
 from services.auth.grants.tokens import TokenIssuer
 from services.auth.guard import Guard
 from services.auth.providers.fetching import Fetcher
@@ -86,6 +87,7 @@ async def build(settings: AuthSettings, clock: Clock) -> App:
     providers = ProviderTokens(store, clock, Fetcher(settings.provider_ca_file), own_issuer=settings.issuer)
     exchange = Exchange(store, proofs, own_tokens, issuer, clock, providers)
     introspection = Introspection(store, proofs, own_tokens, exchange, clock)
+    renewal = Renewal(store, exchange, own_tokens, issuer, clock)
     hub = Hub(store, clock)
     verifier = Verifier(
         ring, issuer=settings.issuer, audience=Audience.AUTH, clock=clock, revoked=hub.revoked.check
@@ -109,7 +111,7 @@ async def build(settings: AuthSettings, clock: Clock) -> App:
     server = GrpcServer(settings, chain=chain, running=running, health=health)
     await server.add(
         token_service_pb2_grpc.add_TokenServiceServicer_to_server,
-        TokenServicer(exchange, introspection, ring, hub, guard, settings.issuer),
+        TokenServicer(exchange, introspection, renewal, ring, hub, guard, settings.issuer),
         "llmos.auth.v1.TokenService",
     )
     await server.add(

@@ -11,12 +11,12 @@ from llmos.common.v1 import identity_pb2
 
 from services.auth.grants.exchange import Exchange, SubjectKind
 from services.auth.grants.introspection import ClientProof, Introspection
+from services.auth.grants.renewal import Renewal
 from services.auth.guard import Guard
 from services.auth.signing.ring import KeyRing
 from services.auth.watching import Hub
 from services.mesh.access_token import Audience
 from services.mesh.context import Identity
-from services.mesh.errors import NotImplementedYet
 from services.mesh.policy import RevocationKind
 from services.mesh.policy_codec import document_message
 from services.mesh.revocation import Revocation
@@ -49,6 +49,7 @@ class TokenServicer(token_service_pb2_grpc.TokenServiceServicer):
         self,
         exchange: Exchange,
         introspection: Introspection,
+        renewal: Renewal,
         ring: KeyRing,
         hub: Hub,
         guard: Guard,
@@ -56,6 +57,7 @@ class TokenServicer(token_service_pb2_grpc.TokenServiceServicer):
     ) -> None:
         self._exchange = exchange
         self._introspection = introspection
+        self._renewal = renewal
         self._ring = ring
         self._hub = hub
         self._guard = guard
@@ -105,7 +107,10 @@ class TokenServicer(token_service_pb2_grpc.TokenServiceServicer):
     async def RenewIdentity(
         self, request: token_service_pb2.RenewIdentityRequest, context: Any
     ) -> token_service_pb2.RenewIdentityResponse:
-        raise NotImplementedYet("`RenewIdentity` is not offered by this version of the server.")
+        signed = await self._renewal.renew(_stored(request.identity))
+        return token_service_pb2.RenewIdentityResponse(
+            access_token=_access_token(signed), identity=_identity(signed.identity)
+        )
 
     async def IntrospectToken(
         self, request: token_service_pb2.IntrospectTokenRequest, context: Any
@@ -189,6 +194,18 @@ def _access_token(issued: IssuedToken) -> token_service_pb2.AccessToken:
     message = token_service_pb2.AccessToken(token=issued.token)
     message.expire_time.FromDatetime(issued.expires_at)
     return message
+
+
+def _stored(message: identity_pb2.Identity) -> Identity:
+    return Identity(
+        tenant_id=message.tenant_id,
+        client_id=message.client_id,
+        key_id=message.key_id,
+        scopes=frozenset(message.scopes),
+        roles=frozenset(message.roles),
+        token_id=message.token_id,
+        issued_at_s=message.issue_time.seconds,
+    )
 
 
 def _identity(identity: Identity | None) -> identity_pb2.Identity | None:

@@ -74,7 +74,7 @@ class Auth:
         nothing = cast("Any", None)
         await self._server.add(
             token_service_pb2_grpc.add_TokenServiceServicer_to_server,
-            TokenServicer(nothing, nothing, nothing, self.hub, nothing, ""),
+            TokenServicer(nothing, nothing, nothing, nothing, self.hub, nothing, ""),
             "llmos.auth.v1.TokenService",
         )
         await self._server.start()

@@ -8,6 +8,7 @@ from __future__ import annotations
 from services.auth.store import ApiKey, Kind, Store
 from services.mesh.access_token import Audience
 from services.mesh.clock import Clock
+from services.mesh.context import Identity
 from services.mesh.errors import CredentialRevoked
 from services.mesh.jwks import KeySource
 from services.mesh.revocation import Revocation, RevocationList
@@ -49,6 +50,19 @@ class OwnTokens:
         if not verified.is_service:
             await self._check_owner(verified)
         return verified
+
+    async def check_not_revoked(self, identity: Identity, *, with_key: bool = True) -> None:
+        """Raises CredentialRevoked where the identity's token, or what was issued up to then for its client
+        or tenant, was revoked; `with_key`: or for its API key. Revocations are forgotten some minutes after
+        the last token that they refuse has ended."""
+        await self._catch_up()
+        self._revoked.check(
+            token_id=identity.token_id,
+            key_id=identity.key_id if with_key else "",
+            client_id=identity.client_id,
+            tenant_id=identity.tenant_id,
+            issued_at_s=identity.issued_at_s,
+        )
 
     async def _check_owner(self, verified: VerifiedToken) -> None:
         owned = await self._store.find_client(verified.client_id)

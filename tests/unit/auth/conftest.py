@@ -18,6 +18,7 @@ from services.auth.grants.exchange import Exchange
 from services.auth.grants.introspection import Introspection
 from services.auth.grants.own_tokens import OwnTokens
 from services.auth.grants.policy import SERVICES
+from services.auth.grants.renewal import Renewal
 from services.auth.grants.tokens import TokenIssuer
 from services.auth.providers.provider_tokens import ProvenPerson
 from services.auth.signing.ring import KeyRing
@@ -54,6 +55,7 @@ class Auth:
     issuer: TokenIssuer
     exchange: Exchange
     introspection: Introspection
+    renewal: Renewal
     access: AccessControl
     last_use: LastUse
     providers: Providers
@@ -115,6 +117,7 @@ async def auth() -> AsyncIterator[Auth]:
         issuer=issuer,
         exchange=exchange,
         introspection=Introspection(store, proofs, tokens, exchange, clock),
+        renewal=Renewal(store, exchange, tokens, issuer, clock),
         access=AccessControl(verifier, store, clock),
         last_use=last_use,
         providers=providers,

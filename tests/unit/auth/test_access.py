@@ -50,8 +50,9 @@ MATRIX = {
     },
     **{
         f"/llmos.auth.v1.TokenService/{method}": SERVICE
-        for method in ("VerifyApiKey", "RenewIdentity", "WatchRevocations", "WatchPolicy")
+        for method in ("VerifyApiKey", "WatchRevocations", "WatchPolicy")
     },
+    "/llmos.auth.v1.TokenService/RenewIdentity": (U, U, U, U, D, D, D, OK, OK, OK, OK, D),
     **{
         f"/llmos.auth.v1.AdminService/{method}": ADMINISTRATOR
         for method in (
