@@ -36,11 +36,12 @@ MAX_PLACE = 2**62
 """Epochs and sequences beyond are taken for garbage; a database's integers end there."""
 MAX_SECONDS = 253_402_300_799
 """The year 9999."""
-_REASONS: Mapping[str, int] = {
+REASONS: Mapping[str, int] = {
     name.removeprefix("ERROR_REASON_"): number
     for name, number in error_reason_pb2.ErrorReason.items()
     if number
 }
+"""Numbers of `llmos.common.v1.ErrorReason`, by the reasons of the tree in `errors`."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -78,13 +79,18 @@ class OtherRead:
 
 
 @dataclass(frozen=True, slots=True)
+class PlaceRead:
+    """Nothing but the place: the event is kept elsewhere, as a job is, or cannot be read."""
+
+
+@dataclass(frozen=True, slots=True)
 class EventRead:
     """An event with its place."""
 
     producer: str
     place: Place
     floor: int
-    record: IntentRead | OutcomeRead | OtherRead
+    record: IntentRead | OutcomeRead | OtherRead | PlaceRead
 
 
 class EventEncoder:
@@ -110,7 +116,7 @@ class EventEncoder:
         else:
             _fill_facts(ended.facts, event.facts)
         ended.outcome = event.outcome  # type: ignore[assignment]
-        ended.error_reason = _REASONS.get(event.error_reason, 0)  # type: ignore[assignment]
+        ended.error_reason = REASONS.get(event.error_reason, 0)  # type: ignore[assignment]
         ended.status_code = event.status_code
         ended.usage.prompt_tokens = event.usage.prompt_tokens
         ended.usage.completion_tokens = event.usage.completion_tokens
@@ -138,7 +144,7 @@ class EventEncoder:
         audit = envelope.audit
         if isinstance(event, AnonymousRejected):
             audit.anonymous_rejected.source_address = event.source_address
-            audit.anonymous_rejected.error_reason = _REASONS.get(event.error_reason, 0)  # type: ignore[assignment]
+            audit.anonymous_rejected.error_reason = REASONS.get(event.error_reason, 0)  # type: ignore[assignment]
             audit.anonymous_rejected.count = event.count
             _set_time(audit.anonymous_rejected.interval_start_time, event.interval_start)
             _set_time(audit.anonymous_rejected.interval_end_time, event.interval_end)
@@ -177,18 +183,30 @@ def complete(body: bytes, producer: str, place: Place, floor: int, outcome_of: s
 
 def read(value: bytes) -> EventRead:
     """Raises DataCorrupt, which says what is wrong, for what is no audit event of ours."""
+    envelope = parse_envelope(value)
+    floor, place = read_floor_and_place(envelope)
+    return EventRead(envelope.producer, place, floor, _read_record(envelope))
+
+
+def parse_envelope(value: bytes) -> events_pb2.EventEnvelope:
+    """Raises DataCorrupt for what is none, or of nobody."""
     try:
         envelope = events_pb2.EventEnvelope.FromString(value)
     except DecodeError as error:
         raise DataCorrupt("not an EventEnvelope") from error
-    place = Place(envelope.epoch, envelope.sequence)
     if not 0 < len(envelope.producer) <= 128:
         raise DataCorrupt("no producer")
+    return envelope
+
+
+def read_floor_and_place(envelope: events_pb2.EventEnvelope) -> tuple[int, Place]:
+    """Raises DataCorrupt."""
+    place = Place(envelope.epoch, envelope.sequence)
     if not (1 <= place.epoch < MAX_PLACE and 1 <= place.sequence < MAX_PLACE):
         raise DataCorrupt("no place in an epoch")
     if not 1 <= envelope.floor_sequence <= place.sequence:
         raise DataCorrupt("a floor beyond its own event")
-    return EventRead(envelope.producer, place, envelope.floor_sequence, _read_record(envelope))
+    return envelope.floor_sequence, place
 
 
 def read_place(text: str) -> Place:
@@ -210,8 +228,11 @@ def abort(started: bytes, now_us: int) -> bytes:
 
 
 def _read_record(envelope: events_pb2.EventEnvelope) -> IntentRead | OutcomeRead | OtherRead:
+    payload = envelope.WhichOneof("payload")
+    if payload in ("job", "retry", "dead_letter"):
+        raise DataCorrupt("an event of a job, on the topic of audit events")
     audit = envelope.audit
-    kind = audit.WhichOneof("record") if envelope.WhichOneof("payload") == "audit" else None
+    kind = audit.WhichOneof("record") if payload == "audit" else None
     if kind == "started":
         return IntentRead(*_keys(audit.started.facts), body=audit.started.SerializeToString())
     if kind == "ended":
