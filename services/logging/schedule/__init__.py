@@ -6,7 +6,7 @@ worker claims, beats and reports through `servicer`. Each method of a store is o
 `transactions`, over the `Rows` that the store offers; what becomes of a job in it says `machine`, which knows
 no store, no clock and no chance but what it is handed.
 
-- `machine`: job + event -> job, effects
+- `machine`: job + event -> job, effects; `job` has the words for them
 - `store`: the port; `transactions` over `Rows`; `stores/sqlite` and `stores/memory`
 - `schedule`: the rules around it: who sees what, waiting for work, watching, sweeping
 - `servicer`: gRPC

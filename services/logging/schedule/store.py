@@ -10,7 +10,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import NamedTuple, Protocol
 
-from services.logging.schedule.machine import Job, Report
+from services.logging.schedule.job import Job, Report
 from services.mesh.jobs import (
     DeadLettered,
     JobEvent,
