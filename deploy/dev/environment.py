@@ -114,6 +114,7 @@ class Plan:
                     "HTTP_PORT": str(self.ports.get(f"{name} http", 0)),
                     "INFERENCE_TARGETS": ",".join(self.target(replica) for replica in self.replicas),
                     "LOGGING_TARGET": self.target("logging"),
+                    "PAYLOAD_KEY_FILE": str(self.state.payload_key),
                 }
         raise ValueError(f"no such service: {name}")
 

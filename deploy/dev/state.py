@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import base64
 import fcntl
 import json
 import os
@@ -24,13 +25,15 @@ class CannotStart(Exception):
 class State:
     """One mesh's folder.
 
-    `format` (its version, written last when the folder is made), `secrets/SERVICE` (0600), `run/` (the lock,
-    a record of the processes, `client.env`), `log/`, and one folder for each process.
+    `format` (its version, written last when the folder is made), `secrets/SERVICE` and
+    `secrets/gateway-payload-key` (0600), `run/` (the lock, a record of the processes, `client.env`), `log/`,
+    and one folder for each process.
     """
 
     def __init__(self, root: Path) -> None:
         self.root = root.absolute()
         self.secrets = self.root / "secrets"
+        self.payload_key = self.secrets / "gateway-payload-key"
         self.logs = self.root / "log"
         self.run = self.root / "run"
         self.client_env = self.run / "client.env"
@@ -65,6 +68,8 @@ class State:
         for service in SERVICES:
             if not (self.secrets / service).exists():
                 write_private(self.secrets / service, secrets.token_urlsafe(32))
+        if not self.payload_key.exists():
+            write_private(self.payload_key, base64.b64encode(secrets.token_bytes(32)).decode())
         if not marker.exists():
             write_private(marker, FORMAT)
 

@@ -183,6 +183,13 @@ PROPERTIES = {
                     "key": text("Its key.", pattern="^[-._a-zA-Z0-9]{1,253}$"),
                 },
             ),
+            "payloadKey": table(
+                "Encryption of what jobs hold.",
+                {
+                    "existingSecret": secret("An existing Secret; empty for no jobs."),
+                    "key": text("Its key.", pattern="^[-._a-zA-Z0-9]{1,253}$"),
+                },
+            ),
         },
         optional_claim=True,
     ),

@@ -108,6 +108,14 @@ class GatewaySettings(KafkaSettings):
     cache_ttl_s: PositiveSeconds = 3600
     """How long an answer is kept."""
 
+    payload_key_file: Path | None = None
+    """What jobs hold is encrypted with: keys of 32 bytes in base64, a line each; the first encrypts, all
+    decrypt. The same for all gateways. Not set: no jobs."""
+    max_jobs_per_tenant: int = Field(default=100_000, ge=1)
+    """Jobs of one tenant that have not ended; more are refused."""
+    webhook_allow_http: bool = False
+    """Whether a webhook may be told without TLS."""
+
     public_url: str = ""
     """Where clients find the HTTP edge, such as `https://api.example`; empty: at `issuer`. The metadata of
     OAuth2 (RFC 8414) names the endpoints below it."""

@@ -97,6 +97,8 @@ class Cluster:
             return {key: (self.authority.folder / file).read_bytes() for key, file in files.items()}
         if volume["name"] == "key-encryption":
             return {"key": base64.b64encode(secrets.token_bytes(32))}
+        if volume["name"] == "payload":
+            return {"key": base64.b64encode(secrets.token_bytes(32))}
         if volume["name"] == "database":
             return {"password": b"the server of the tests trusts loopback"}
         if volume["name"] == "redis":

@@ -17,16 +17,18 @@ from deploy.dev.broker import Broker
 from deploy.dev.environment import Plan
 from deploy.dev.mesh import Mesh
 from deploy.dev.state import CannotStart, State
+from services.gateway.jobs.seals import load
 
 
 def test_secrets_are_private_and_stay(tmp_path: Path) -> None:
     state = State(tmp_path / "state")
     state.prepare()
     files = sorted(state.secrets.iterdir())
-    assert [file.name for file in files] == ["auth", "gateway", "inference", "logging"]
+    assert [file.name for file in files] == ["auth", "gateway", "gateway-payload-key", "inference", "logging"]
     assert {stat.S_IMODE(file.stat().st_mode) for file in files} == {0o600}
     before = {file: file.read_text() for file in files}
-    assert len(set(before.values())) == 4
+    assert len(set(before.values())) == 5
+    load(state.payload_key)
     state.prepare()
     assert {file: file.read_text() for file in files} == before
 
