@@ -11,11 +11,11 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
-from collections.abc import AsyncIterator, Callable, Mapping
-from contextlib import asynccontextmanager
+from collections.abc import Callable, Mapping
 from contextvars import ContextVar
 from datetime import datetime
 from functools import partial
+from types import TracebackType
 
 from services.gateway.generation import FinishReason, Usage
 from services.gateway.ports import AuditPort
@@ -98,11 +98,12 @@ class RequestRecord:
         self._audit = audit
         self._intent: asyncio.Future[None] | None = None
 
-    def begin(self) -> None:
-        """The request has passed all refusals: starts to write its intent, and returns at once."""
+    def begin(self, *, urgent: bool = True) -> None:
+        """The request has passed all refusals: starts to write its intent, and returns at once. It is not
+        urgent where the answer takes a while."""
         if self._intent is not None:
             raise Internal("a request began twice")
-        self._intent = self._audit.append_started(RequestStarted(self.facts()))
+        self._intent = self._audit.append_started(RequestStarted(self.facts()), urgent=urgent)
 
     @property
     def has_begun(self) -> bool:
@@ -204,14 +205,13 @@ class AuditTrail:
         if call.context.method in OPEN_METHODS:
             await rest()
             return
-        async with self.around(call.context, _EDGES[call.protocol]) as record:
+        with self.around(call.context, _EDGES[call.protocol]) as record:
             if said := call.metadata.get("cache-control"):
                 record.cache_control = str(said)
             await rest()
 
-    @asynccontextmanager
-    async def around(self, context: RequestContext, edge: Edge) -> AsyncIterator[RequestRecord]:
-        """Serves one authenticated request. Lets errors out as they came."""
+    def around(self, context: RequestContext, edge: Edge) -> Around:
+        """Serves one authenticated request, in a block. Lets errors out as they came."""
         record = RequestRecord(
             context,
             edge,
@@ -219,25 +219,23 @@ class AuditTrail:
             received_s=self._clock.monotonic(),
             audit=self._audit,
         )
-        token = _current.set(record)
-        try:
-            yield record
+        return Around(self, record)
+
+    def ended(self, record: RequestRecord, error: BaseException | None) -> None:
+        """Hands over the outcome of a request that ended so. Raises Internal where it was answered without an
+        intent."""
+        if error is None:
             if not record.is_committed:
-                raise Internal(f"{context.method} was answered without an intent")
-        except LlmosError as error:
-            self._end(record, error)
-            raise
-        except (asyncio.CancelledError, GeneratorExit):
-            self._end(record, None if record.is_complete else self._gone(record))
-            raise
-        except BaseException as error:
-            self._end(record, Internal(type(error).__name__))
-            raise
-        else:
+                error = Internal(f"{record.method} was answered without an intent")
+                self._end(record, error)
+                raise error
             self._end(record, None)
-        finally:
-            with contextlib.suppress(ValueError):
-                _current.reset(token)
+        elif isinstance(error, LlmosError):
+            self._end(record, error)
+        elif isinstance(error, asyncio.CancelledError | GeneratorExit):
+            self._end(record, None if record.is_complete else self._gone(record))
+        else:
+            self._end(record, Internal(type(error).__name__))
 
     def _gone(self, record: RequestRecord) -> LlmosError:
         if self._is_cut():
@@ -269,3 +267,26 @@ class AuditTrail:
         if not write.cancelled() and (failure := write.exception()) is not None:
             # Nothing can be done for the request any more; the spool counts what it cannot take.
             logger.error("the outcome of %s was not written", request_id, exc_info=failure)
+
+
+class Around:
+    """The block around one request."""
+
+    __slots__ = ("_record", "_token", "_trail")
+
+    def __init__(self, trail: AuditTrail, record: RequestRecord) -> None:
+        self._trail = trail
+        self._record = record
+
+    def __enter__(self) -> RequestRecord:
+        self._token = _current.set(self._record)
+        return self._record
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        try:
+            self._trail.ended(self._record, error)
+        finally:
+            with contextlib.suppress(ValueError):
+                _current.reset(self._token)

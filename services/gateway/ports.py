@@ -59,8 +59,9 @@ class AuditPort(Protocol):
     """Where the audit log begins. An event is handed over, in order, when the call returns; it is on this
     machine's disk when the future has its result."""
 
-    def append_started(self, event: RequestStarted) -> asyncio.Future[None]:
-        """The future raises AuditUnavailable where the spool is full and the deployment chose `strict`."""
+    def append_started(self, event: RequestStarted, *, urgent: bool = True) -> asyncio.Future[None]:
+        """The future raises AuditUnavailable where the spool is full and the deployment chose `strict`. One
+        that is not urgent is on disk some milliseconds later, where there are many."""
 
     def append_ended(self, event: RequestEnded) -> asyncio.Future[None]:
         """As `append_started`; room is kept for the outcomes of what has begun."""

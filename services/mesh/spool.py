@@ -34,8 +34,8 @@ from services.mesh.events import AnonymousRejected, OtherEvent, RequestEnded, Re
 from services.mesh.spool_file import Append, Gap, Holding, Opened, SpooledEvent, SpoolFile
 from services.mesh.spool_gap import GapCounter
 from services.mesh.spool_ledger import AnonymousCounts, OpenIntent, SpoolLedger
-from services.mesh.spool_waiting import Waiting, failed
-from services.mesh.spool_writer import AppendDone, SpoolWriter
+from services.mesh.spool_waiting import Waiting, failed, refuse
+from services.mesh.spool_writer import RARE_SPACING_S, SPACING_S, AppendDone, SpoolWriter
 
 logger = logging.getLogger(__name__)
 
@@ -159,8 +159,9 @@ class Spool:
         if not await self._writer.stop(STOP_TIMEOUT_S):
             logger.error("the audit spool's disk hangs; what was not committed is lost")
 
-    def append_started(self, event: RequestStarted) -> asyncio.Future[None]:
-        """Hands an intent over; the future has its result when it is on disk.
+    def append_started(self, event: RequestStarted, *, urgent: bool = True) -> asyncio.Future[None]:
+        """Hands an intent over; the future has its result when it is on disk. One that is not urgent may
+        wait a moment for others.
 
         The future raises AuditUnavailable in strict mode where it cannot be written, StateConflict where the
         request has one already.
@@ -193,7 +194,8 @@ class Spool:
                     del ledger.open[request_id]
             self._waiting.settle(waiting, written=place is not None)
 
-        self._writer.append(Append(body, now.timestamp(), _traceparent(), intent_of=request_id), done)
+        append = Append(body, now.timestamp(), _traceparent(), intent_of=request_id)
+        self._writer.append(append, done, spacing_s=0.0 if urgent else SPACING_S)
         return waiting
 
     def append_ended(self, event: RequestEnded) -> asyncio.Future[None]:
@@ -228,12 +230,12 @@ class Spool:
                 if error is not None:
                     self._gap.count()
             if place is None and error is None:
-                if not waiting.done():
-                    waiting.set_exception(StateConflict(f"the request {request_id} has an outcome"))
+                refuse(waiting, StateConflict(f"the request {request_id} has an outcome"))
             else:
                 self._waiting.settle(waiting, written=place is not None or retained)
 
-        self._writer.append(append, done)
+        # The caller has its answer, and waits for nothing: it goes with what comes in the next moment.
+        self._writer.append(append, done, spacing_s=RARE_SPACING_S)
         return waiting
 
     async def append_other(self, event: OtherEvent) -> None:

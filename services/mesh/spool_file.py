@@ -17,6 +17,7 @@ from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
 
+from services.mesh import spool_rows
 from services.mesh.audit_protocol import HeldEpoch, Place
 from services.mesh.event_codec import EventEncoder
 
@@ -41,10 +42,6 @@ CREATE TABLE open_intents (
     body BLOB NOT NULL
 ) WITHOUT ROWID;
 """
-_INSERT = (
-    "INSERT INTO events VALUES (?, ?, ?, ?, ?, ?)"
-    " ON CONFLICT (outcome_of) WHERE outcome_of IS NOT NULL DO NOTHING"
-)
 
 
 @dataclass(slots=True)
@@ -169,35 +166,11 @@ class SpoolFile:
         a request, which is left out.
         """
         db = self._reconnected()
-        places: list[Place | None] = []
-        last = self._last
         with self._transaction(self._synchronous):
-            for event in batch:
-                written = db.execute(
-                    _INSERT,
-                    (
-                        self._epoch,
-                        last + 1,
-                        event.outcome_of or None,
-                        event.traceparent,
-                        event.time_s,
-                        event.body,
-                    ),
-                ).rowcount
-                if not written:
-                    places.append(None)
-                    continue
-                last += 1
-                place = Place(self._epoch, last)
-                places.append(place)
-                if event.intent_of:
-                    db.execute(
-                        "INSERT OR REPLACE INTO open_intents VALUES (?, ?, ?, ?, ?)",
-                        (event.intent_of, *place, event.traceparent, event.body),
-                    )
-                elif event.outcome_of:
-                    db.execute("DELETE FROM open_intents WHERE request_id = ?", (event.outcome_of,))
-                if event.gap is not None:
+            places, last = spool_rows.insert(db, self._epoch, self._last, batch)
+            spool_rows.note_open(db, batch, places)
+            for event, place in zip(batch, places, strict=True):
+                if event.gap is not None and place is not None:
                     self._write_gap(event.gap)
         self._last = last
         return places
@@ -274,7 +247,7 @@ class SpoolFile:
         return self._connection
 
     def _connect(self) -> None:
-        db = sqlite3.connect(self._path, isolation_level=None, timeout=2.0, cached_statements=64)
+        db = sqlite3.connect(self._path, isolation_level=None, timeout=2.0, cached_statements=128)
         self._connection = db
         self._synchronous_now = ""
         try:
@@ -347,7 +320,7 @@ class SpoolFile:
         ).fetchall()
         for request_id, traceparent, body in rows:
             written = self._db.execute(
-                _INSERT,
+                spool_rows.INSERTS[1],
                 (
                     self._epoch,
                     self._last + 1,

@@ -21,6 +21,12 @@ from services.mesh.spool_file import Append, Holding, SpoolFile
 logger = logging.getLogger(__name__)
 
 MAX_GROUP = 512
+SPACING_S = 0.004
+"""Between groups, for what is not urgent: each waking of the thread, and each transaction, takes time from
+the event loop."""
+RARE_SPACING_S = 0.012
+"""The same for what nobody waits for."""
+NEVER_S = float("inf")
 
 AppendDone = Callable[[Place | None, Exception | None], None]
 """Called on the event loop: (place, None), (None, None) for a second outcome, or (None, error)."""
@@ -37,6 +43,10 @@ class SpoolWriter:
         self._pending: list[tuple[Any, Any]] = []
         """What has come in since the event loop's last turn: handed over at once, since each waking of the
         thread takes time from both."""
+        self._handed_over_s = -NEVER_S
+        self._due_s = NEVER_S
+        """When what is pending is handed over, by the event loop's time."""
+        self._gathering: asyncio.Handle | None = None
         self._loop: asyncio.AbstractEventLoop | None = None
         self._thread: threading.Thread | None = None
         self._ended = asyncio.Event()
@@ -46,9 +56,10 @@ class SpoolWriter:
         self._thread = threading.Thread(target=self._run, name="spool", daemon=True)
         self._thread.start()
 
-    def append(self, event: Append, done: AppendDone) -> None:
-        """Writes an event with the next group."""
-        self._ask(event, done)
+    def append(self, event: Append, done: AppendDone, *, spacing_s: float = 0.0) -> None:
+        """Writes an event with the next group, which is formed as soon as the one before it is `spacing_s`
+        ago."""
+        self._ask(event, done, spacing_s)
 
     async def call(self, function: Callable[[], Any], then: Callable[[Any], None] | None = None) -> Any:
         """Runs `function` in the thread, after all appends so far. Raises what it raises.
@@ -70,12 +81,24 @@ class SpoolWriter:
             return False
         return True
 
-    def _ask(self, what: Any, whom: Any) -> None:
-        if not self._pending and self._loop is not None:
-            self._loop.call_soon(self._hand_over)
+    def _ask(self, what: Any, whom: Any, spacing_s: float = 0.0) -> None:
         self._pending.append((what, whom))
+        if self._loop is None:
+            return
+        due_s = self._handed_over_s + spacing_s if spacing_s else -NEVER_S
+        if due_s >= self._due_s:
+            return
+        if self._gathering is not None:
+            self._gathering.cancel()
+        self._due_s = due_s
+        if spacing_s and due_s > self._loop.time():
+            self._gathering = self._loop.call_at(due_s, self._hand_over, self._loop)
+        else:
+            self._gathering = self._loop.call_soon(self._hand_over, self._loop)
 
-    def _hand_over(self) -> None:
+    def _hand_over(self, loop: asyncio.AbstractEventLoop) -> None:
+        self._gathering, self._due_s = None, NEVER_S
+        self._handed_over_s = loop.time()
         jobs, self._pending = self._pending, []
         self._queue.put(jobs)
 

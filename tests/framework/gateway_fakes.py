@@ -200,7 +200,7 @@ class FakeAudit:
         self.start_error: Exception | None = None
         self.end_error: Exception | None = None
 
-    def append_started(self, event: RequestStarted) -> asyncio.Future[None]:
+    def append_started(self, event: RequestStarted, *, urgent: bool = True) -> asyncio.Future[None]:
         return self._append(self.started, event, self.gate, self.start_error)
 
     def append_ended(self, event: RequestEnded) -> asyncio.Future[None]:
@@ -367,5 +367,5 @@ class Bench:
             deadline_s,
             Caller(identity),
         )
-        async with self.trail.around(context, Edge.GRPC) as record:
+        with self.trail.around(context, Edge.GRPC) as record:
             yield record

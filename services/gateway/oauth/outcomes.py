@@ -41,7 +41,7 @@ class Outcomes:
             return found
         context = request_context.require_current()
         context.caller = Caller(identity)
-        async with self._trail.around(context, edge) as record:
+        with self._trail.around(context, edge) as record:
             record.method = method
             record.begin()
             await record.committed()
