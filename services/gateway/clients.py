@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncGenerator, Iterator
-from contextlib import contextmanager
+from collections.abc import AsyncGenerator
 from datetime import UTC
 from enum import IntEnum
+from types import TracebackType
 from typing import Any
 
 import grpc
@@ -76,7 +76,7 @@ class GrpcInference:
         )
         _fill_spec(message.spec, request)
         if whole:
-            with _lost():
+            with _lost:
                 found = await self._inference.GenerateWhole(
                     inference_service_pb2.GenerateWholeRequest(request=message)
                 )
@@ -87,7 +87,7 @@ class GrpcInference:
             return
         call = self._inference.Generate(message)
         try:
-            with _lost():
+            with _lost:
                 async for response in call:
                     # The token path: no more than what an edge or the check of the sequence needs.
                     if response.HasField("delta"):
@@ -102,12 +102,12 @@ class GrpcInference:
     async def count_tokens(self, request: ValidPrompt) -> TokenCount:
         message = inference_service_pb2.TokenizeRequest(model=request.model)
         _fill_prompt(message.prompt, request.prompt)
-        with _lost():
+        with _lost:
             found = await self._inference.Tokenize(message)
         return TokenCount(found.prompt_tokens, found.context_tokens)
 
     async def list_models(self) -> tuple[Model, ...]:
-        with _lost():
+        with _lost:
             found = await self._fleet.ListModels(
                 fleet_service_pb2.ListModelsRequest(), timeout=self._probe_timeout_s
             )
@@ -116,7 +116,7 @@ class GrpcInference:
     async def max_running(self) -> int:
         call = self._fleet.WatchLoad(fleet_service_pb2.WatchLoadRequest(), timeout=self._probe_timeout_s)
         try:
-            with _lost():
+            with _lost:
                 async for load in call:
                     return max(int(load.max_running), 1)
             raise ReplicaLost("The replica did not say how much it takes.")
@@ -154,15 +154,20 @@ class GrpcAuditLog:
             call.cancel()
 
 
-@contextmanager
-def _lost() -> Iterator[None]:
+class _Lost:
     """A replica that cannot be reached, as what it is. A fault on this side of the wire stays what it was."""
-    try:
-        yield
-    except DependencyUnavailable as error:
-        if isinstance(error.__cause__, grpc.aio.AioRpcError):
+
+    def __enter__(self) -> None:
+        """Nothing to do."""
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if isinstance(error, DependencyUnavailable) and isinstance(error.__cause__, grpc.aio.AioRpcError):
             raise ReplicaLost("The replica that served the request was lost.") from error
-        raise
+
+
+_lost = _Lost()
 
 
 def _fill_spec(spec: generation_pb2.GenerationSpec, request: ValidGeneration) -> None:

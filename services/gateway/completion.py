@@ -54,9 +54,10 @@ class _Progress:
 
     ticket: Ticket
     permit: Permit
-    whole: bool = False
     engine: EngineStarted | None = None
     replica: str = ""
+    sent_s: float = 0.0
+    """When the replica was asked, on the monotonic clock."""
     last_seq: int = 0
     completion_tokens: int = 0
     first_token_s: float | None = None
@@ -107,6 +108,17 @@ class Completions:
         Raises LlmosError: of policy, limits and routing before Started; ReplicaLost, DataCorrupt or what the
         replica raised also later.
         """
+        ticket = await self._reserved(record, request)
+        try:
+            async with aclosing(self._answer(record, request, ticket, whole)) as events:
+                async for event in events:
+                    yield event
+        finally:
+            # What an engine did is settled there; an answer from the cache is a request without tokens.
+            ticket.settle(Usage() if record.has_begun else None)
+
+    async def _reserved(self, record: RequestRecord, request: ValidGeneration) -> Ticket:
+        """Passes policy and limits."""
         record.model, record.labels = request.model, request.labels
         self._authorisation.decide_request(
             record.identity,
@@ -118,17 +130,16 @@ class Completions:
             labels=request.labels,
         )
         self._check_deadline(record)
-        ticket = await self._limits.reserve(record, request)
-        try:
-            events = self._generated(record, request, ticket, whole)
-            if not self._cache.passes(record, request):
-                events = self._cache.stream(record, request, events, whole=whole)
-            async with aclosing(events):
-                async for event in events:
-                    yield event
-        finally:
-            # What an engine did is settled there; an answer from the cache is a request without tokens.
-            ticket.settle(Usage() if record.has_begun else None)
+        return await self._limits.reserve(record, request)
+
+    def _answer(
+        self, record: RequestRecord, request: ValidGeneration, ticket: Ticket, whole: bool
+    ) -> AsyncGenerator[Event, None]:
+        """What the cache has or an engine generates. Raises NotCached."""
+        events = self._generated(record, request, ticket, whole)
+        if self._cache.passes(record, request):
+            return events
+        return self._cache.stream(record, request, events, whole=whole)
 
     def _check_deadline(self, record: RequestRecord) -> None:
         if self._require_deadline and not record.has_own_deadline:
@@ -140,31 +151,58 @@ class Completions:
     async def _generated(
         self, record: RequestRecord, request: ValidGeneration, ticket: Ticket, whole: bool
     ) -> AsyncGenerator[Event, None]:
-        """The answer of an engine."""
+        """The answer of an engine. Another replica takes over only before the first event."""
         with self._instruments.generation(request, record) as measured:
             async with self._admission.permit(self._claim(record, request)) as permit:
                 measured.waited(permit.waited_s)
-                progress = _Progress(ticket, permit, whole)
+                progress = _Progress(ticket, permit)
                 if not record.has_begun:
-                    record.begin()
+                    # A replica takes longer than the disk.
+                    record.begin(urgent=False)
+                attempts = 1
                 try:
-                    async with aclosing(self._routed(record, request, progress)) as events:
-                        async for event in events:
-                            yield event
+                    while True:
+                        replica = await self._router.choose(request.model)
+                        progress.replica, progress.sent_s = replica.name, self._clock.monotonic()
+                        events = replica.port.generate(record.request_id, request, whole=whole)
+                        try:
+                            with replica.lease():
+                                async with aclosing(events):
+                                    async for event in events:
+                                        if isinstance(event, Delta):
+                                            self._check(event, record, request, progress)
+                                            yield event
+                                        elif isinstance(event, EngineStarted):
+                                            yield await self._begun(event, record, request, progress)
+                                        else:
+                                            self._finish(event, record, request, progress)
+                                            yield event
+                                            return
+                            raise ReplicaLost("The replica ended the stream before the answer was complete.")
+                        except LlmosError as error:
+                            if progress.engine is not None:
+                                if isinstance(error, ReplicaLost):
+                                    self._router.lost(replica)
+                                raise
+                            self._give_up_or_move(replica, error, attempts)
+                            attempts += 1
                 finally:
                     self._settle(record, progress)
-                    measured.settle(
-                        progress.usage(), progress.finished, progress.engine, progress.first_token_s
-                    )
-                    ticket.settle(progress.usage() if progress.engine else None)
+                    usage, engine = progress.usage(), progress.engine
+                    measured.settle(usage, progress.finished, engine, progress.first_token_s)
+                    ticket.settle(usage if engine else None)
 
     async def generate(self, record: RequestRecord, request: ValidGeneration) -> Generation:
         """The whole answer. Raises as `stream` does."""
-        folded = Fold(request.n)
-        async with aclosing(self.stream(record, request, whole=True)) as events:
-            async for event in events:
-                folded.add(event)
-        return folded.result()
+        ticket = await self._reserved(record, request)
+        try:
+            folded = Fold(request.n)
+            async with aclosing(self._answer(record, request, ticket, True)) as events:
+                async for event in events:
+                    folded.add(event)
+            return folded.result()
+        finally:
+            ticket.settle(Usage() if record.has_begun else None)
 
     async def count_tokens(self, record: RequestRecord, request: ValidPrompt) -> TokenCount:
         """Raises ScopeMissing, PolicyDenied, ModelNotFound, NoReplica, ReplicaLost, or what the replica
@@ -206,27 +244,6 @@ class Completions:
             priority=request.priority,
         )
 
-    async def _routed(
-        self, record: RequestRecord, request: ValidGeneration, progress: _Progress
-    ) -> AsyncGenerator[Event, None]:
-        """Finds a replica and streams from it; another one takes over only before the first event."""
-        attempts = 1
-        while True:
-            replica = await self._router.choose(request.model)
-            progress.replica = replica.name
-            try:
-                async with aclosing(self._attempt(record, request, progress, replica)) as events:
-                    async for event in events:
-                        yield event
-                return
-            except LlmosError as error:
-                if progress.engine is not None:
-                    if isinstance(error, ReplicaLost):
-                        self._router.lost(replica)
-                    raise
-                self._give_up_or_move(replica, error, attempts)
-                attempts += 1
-
     def _give_up_or_move(self, replica: Replica, error: LlmosError, attempts: int) -> None:
         """Raises `error` unless another replica, or this one come back, may do better."""
         if error.status is not Status.UNAVAILABLE or isinstance(error, DependencyUnavailable):
@@ -235,49 +252,43 @@ class Completions:
         if attempts >= MAX_ATTEMPTS:
             raise error
 
-    async def _attempt(
-        self, record: RequestRecord, request: ValidGeneration, progress: _Progress, replica: Replica
-    ) -> AsyncGenerator[Event, None]:
-        """Passes on what keeps the contract: EngineStarted, deltas without gap or repeat, Finished."""
-        with replica.lease():
-            sent_s = self._clock.monotonic()
-            events = replica.port.generate(record.request_id, request, whole=progress.whole)
-            async with aclosing(events) as upstream:
-                async for event in upstream:
-                    if isinstance(event, Delta):
-                        self._check(event, request, progress)
-                        if progress.first_token_s is None:
-                            since_s = progress.engine.first_token_s if progress.engine else None
-                            arrived_s = self._clock.monotonic() if since_s is None else sent_s + since_s
-                            progress.first_token_s = arrived_s - record.received_s
-                            progress.permit.first_token(arrived_s)
-                        yield event
-                    elif isinstance(event, EngineStarted):
-                        if progress.engine is not None:
-                            raise Internal("a replica began the same answer twice")
-                        progress.engine = event
-                        progress.ticket.correct(event.prompt_tokens)
-                        # The last moment: nothing may reach the caller before the intent is on disk.
-                        await record.committed()
-                        seed = request.sampling.seed
-                        yield Started(record.request_id, request.model, event.model_revision, seed)
-                    else:
-                        if progress.engine is None or len(event.finish_reasons) != request.n:
-                            raise Internal("a replica finished what it did not begin, or not each choice")
-                        progress.finished = event
-                        self._settle(record, progress)
-                        record.complete()
-                        yield event
-                        return
-        raise ReplicaLost("The replica ended the stream before the answer was complete.")
+    # A replica keeps the contract: EngineStarted, deltas without gap or repeat, Finished.
 
-    def _check(self, delta: Delta, request: ValidGeneration, progress: _Progress) -> None:
-        if progress.engine is None or delta.seq != progress.last_seq + 1:
+    async def _begun(
+        self, event: EngineStarted, record: RequestRecord, request: ValidGeneration, progress: _Progress
+    ) -> Started:
+        if progress.engine is not None:
+            raise Internal("a replica began the same answer twice")
+        progress.engine = event
+        progress.ticket.correct(event.prompt_tokens)
+        # The last moment: nothing may reach the caller before the intent is on disk.
+        await record.committed()
+        return Started(record.request_id, request.model, event.model_revision, request.sampling.seed)
+
+    def _check(
+        self, delta: Delta, record: RequestRecord, request: ValidGeneration, progress: _Progress
+    ) -> None:
+        engine = progress.engine
+        if engine is None or delta.seq != progress.last_seq + 1:
             raise DataCorrupt(f"The stream is broken: delta {delta.seq} came after {progress.last_seq}.")
         if delta.choice_index >= request.n:
             raise Internal("a replica sent a choice that was not asked for")
         progress.last_seq = delta.seq
         progress.completion_tokens += len(delta.token_ids)
+        if progress.first_token_s is None:
+            since_s = engine.first_token_s
+            arrived_s = self._clock.monotonic() if since_s is None else progress.sent_s + since_s
+            progress.first_token_s = arrived_s - record.received_s
+            progress.permit.first_token(arrived_s)
+
+    def _finish(
+        self, event: Finished, record: RequestRecord, request: ValidGeneration, progress: _Progress
+    ) -> None:
+        if progress.engine is None or len(event.finish_reasons) != request.n:
+            raise Internal("a replica finished what it did not begin, or not each choice")
+        progress.finished = event
+        self._settle(record, progress)
+        record.complete()
 
     def _settle(self, record: RequestRecord, progress: _Progress) -> None:
         """Hands over what the outcome will say. Repeating it changes nothing."""

@@ -10,8 +10,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from contextvars import Context
 from dataclasses import dataclass, field, replace
 
@@ -38,14 +37,24 @@ class Replica:
     models: dict[str, Model] = field(default_factory=dict)
     """What it had when it was last asked; kept while it is away."""
 
-    @contextmanager
-    def lease(self) -> Iterator[None]:
-        """Counts a request as running there."""
-        self.running += 1
-        try:
-            yield
-        finally:
-            self.running -= 1
+    def lease(self) -> Lease:
+        """Counts a request as running there, for as long as the block lasts."""
+        return Lease(self)
+
+
+class Lease:
+    """See `Replica.lease`."""
+
+    __slots__ = ("_replica",)
+
+    def __init__(self, replica: Replica) -> None:
+        self._replica = replica
+
+    def __enter__(self) -> None:
+        self._replica.running += 1
+
+    def __exit__(self, *ended: object) -> None:
+        self._replica.running -= 1
 
 
 class Router:

@@ -6,8 +6,9 @@ No attribute holds text of a caller's.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from collections.abc import Iterable, Mapping
+from contextlib import AbstractContextManager, nullcontext
+from types import TracebackType
 
 from opentelemetry import metrics, trace
 from opentelemetry.metrics import CallbackOptions, Observation
@@ -167,27 +168,20 @@ class Instruments:
             labels=_LABELS,
         )
 
-    @contextmanager
-    def generation(self, request: ValidGeneration, record: RequestRecord) -> Iterator[Measured]:
+    def generation(self, request: ValidGeneration, record: RequestRecord) -> Generating:
         """A CLIENT span around the block; what leaves the block as an error is named on it."""
         operation = OPERATION_CHAT if request.prompt.is_chat else OPERATION_TEXT
-        begun_s = self._clock.monotonic()
-        error_type = ""
-        with self._span(operation, request, record) as span:
-            measured = Measured(span)
-            try:
-                yield measured
-            except BaseException as error:
-                error_type = _error_type(error)
-                span.set_attribute("error.type", error_type)
-                if isinstance(error, Exception):
-                    span.set_status(StatusCode.ERROR, error_type)
-                raise
-            finally:
-                # Whatever a caller may write there must not become a time series.
-                model = request.model if measured.known_model else ""
-                labels = (operation, PROVIDER, model, error_type)
-                self._record(labels, measured, self._clock.monotonic() - begun_s)
+        return Generating(self, operation, request.model, self._span(operation, request, record))
+
+    def begun_s(self) -> float:
+        """The present, for a generation that begins."""
+        return self._clock.monotonic()
+
+    def ended(self, operation: str, model: str, error_type: str, measured: Measured, begun_s: float) -> None:
+        """A generation has ended."""
+        # Whatever a caller may write there must not become a time series.
+        labels = (operation, PROVIDER, model if measured.known_model else "", error_type)
+        self._record(labels, measured, self._clock.monotonic() - begun_s)
 
     def _span(
         self, operation: str, request: ValidGeneration, record: RequestRecord
@@ -224,6 +218,38 @@ class Instruments:
             if usage.completion_tokens > 1:
                 rest_s = max(duration_s - first_token_s, 0.0)
                 self._per_token.record(rest_s / (usage.completion_tokens - 1), labels)
+
+
+class Generating:
+    """One generation, as a block."""
+
+    __slots__ = ("_around", "_begun_s", "_instruments", "_measured", "_model", "_operation", "_span")
+
+    def __init__(
+        self, instruments: Instruments, operation: str, model: str, around: AbstractContextManager[Span]
+    ) -> None:
+        self._instruments = instruments
+        self._operation = operation
+        self._model = model
+        self._around = around
+
+    def __enter__(self) -> Measured:
+        self._begun_s = self._instruments.begun_s()
+        self._span = self._around.__enter__()
+        self._measured = Measured(self._span)
+        return self._measured
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        error_type = ""
+        if error is not None:
+            error_type = _error_type(error)
+            self._span.set_attribute("error.type", error_type)
+            if isinstance(error, Exception):
+                self._span.set_status(StatusCode.ERROR, error_type)
+        self._instruments.ended(self._operation, self._model, error_type, self._measured, self._begun_s)
+        self._around.__exit__(kind, error, trace)
 
 
 def observe_cache(cache: AnswerCache, *, meters: metrics.MeterProvider | None = None) -> None:

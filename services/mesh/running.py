@@ -7,8 +7,7 @@ own concurrency limit may queue instead of refusing (grpc #30424). Both are done
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Iterator
-from contextlib import contextmanager
+from types import TracebackType
 
 from services.mesh.errors import ConcurrencyLimit, Draining
 
@@ -28,9 +27,9 @@ class RunningCalls:
     def __len__(self) -> int:
         return len(self._tasks)
 
-    @contextmanager
-    def enter(self, *, watch: bool = False) -> Iterator[None]:
-        """Registers the present task. Raises ConcurrencyLimit at once where all places are taken.
+    def enter(self, *, watch: bool = False) -> Entered:
+        """Registers the present task, for as long as the block lasts. Raises ConcurrencyLimit at once where
+        all places are taken.
 
         A `watch` lasts as long as its client likes, so the drain does not wait for it: it ends at once, with
         Draining. Its client goes on elsewhere.
@@ -46,20 +45,17 @@ class RunningCalls:
         if watch:
             self._watches.add(task)
         self._empty.clear()
-        try:
-            yield
-        except asyncio.CancelledError:
-            if task not in self._cut:
-                raise
-            # A handler that ends as cancelled without its client's doing would leave the client waiting.
-            task.uncancel()
-            raise Draining("The server shut down before the answer was complete.") from None
-        finally:
-            self._cut.discard(task)
-            self._watches.discard(task)
-            self._tasks.discard(task)
-            if not self._tasks:
-                self._empty.set()
+        return Entered(self, task)
+
+    def leave(self, task: asyncio.Task[object]) -> bool:
+        """The task has ended; whether it was cut off."""
+        was_cut = task in self._cut
+        self._cut.discard(task)
+        self._watches.discard(task)
+        self._tasks.discard(task)
+        if not self._tasks:
+            self._empty.set()
+        return was_cut
 
     def is_cut(self) -> bool:
         """Whether the present task is being cut off by the drain."""
@@ -88,3 +84,24 @@ class RunningCalls:
         for task in tasks - self._cut:
             task.cancel()
         self._cut |= tasks
+
+
+class Entered:
+    """One call that runs, as a block."""
+
+    __slots__ = ("_running", "_task")
+
+    def __init__(self, running: RunningCalls, task: asyncio.Task[object]) -> None:
+        self._running = running
+        self._task = task
+
+    def __enter__(self) -> None:
+        """It is registered already."""
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if self._running.leave(self._task) and isinstance(error, asyncio.CancelledError):
+            # A handler that ends as cancelled without its client's doing would leave the client waiting.
+            self._task.uncancel()
+            raise Draining("The server shut down before the answer was complete.") from None

@@ -11,7 +11,7 @@ import asyncio
 import sys
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 
 import prometheus_client
 from opentelemetry import context as otel_context
@@ -161,23 +161,36 @@ class Telemetry:
         self._meters.shutdown(2_000)
 
 
-@contextmanager
 def server_span(
     context: RequestContext, metadata: Mapping[str, str | bytes], protocol: str
-) -> Iterator[Span]:
+) -> AbstractContextManager[Span]:
     """A SERVER span, child of the caller's where `metadata` carries one. Fills `context.trace_id`."""
     if not _collected and "traceparent" not in metadata:
-        # Nobody would see a span; the trace id still joins the logs of all hops.
-        unseen = trace.NonRecordingSpan(
-            trace.SpanContext(_ids.generate_trace_id(), _ids.generate_span_id(), is_remote=False)
-        )
-        context.trace_id = trace.format_trace_id(unseen.get_span_context().trace_id)
-        token = otel_context.attach(trace.set_span_in_context(unseen))
-        try:
-            yield unseen
-        finally:
-            otel_context.detach(token)
-        return
+        return _Unseen(context)
+    return _seen(context, metadata, protocol)
+
+
+class _Unseen:
+    """A span that nobody would see; its trace id still joins the logs of all hops."""
+
+    __slots__ = ("_context", "_token")
+
+    def __init__(self, context: RequestContext) -> None:
+        self._context = context
+
+    def __enter__(self) -> Span:
+        trace_id = _ids.generate_trace_id()
+        self._context.trace_id = trace.format_trace_id(trace_id)
+        span = trace.NonRecordingSpan(trace.SpanContext(trace_id, _ids.generate_span_id(), is_remote=False))
+        self._token = otel_context.attach(trace.set_span_in_context(span))
+        return span
+
+    def __exit__(self, *ended: object) -> None:
+        otel_context.detach(self._token)
+
+
+@contextmanager
+def _seen(context: RequestContext, metadata: Mapping[str, str | bytes], protocol: str) -> Iterator[Span]:
     carrier = {key: value for key, value in metadata.items() if isinstance(value, str)}
     parent: Context = propagate.extract(carrier)
     service, _, method = context.method.strip("/").partition("/")

@@ -11,8 +11,8 @@ from __future__ import annotations
 import cProfile
 import os
 import sys
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping
+from contextlib import nullcontext
 from typing import Any
 
 from services.gateway import app, auditing
@@ -104,15 +104,14 @@ class NoPermit:
 class NotMeasured(Instruments):
     """Instead of spans and metrics."""
 
-    @contextmanager
-    def generation(self, request: ValidGeneration, record: RequestRecord) -> Iterator[Measured]:
-        yield Measured(NO_SPAN)
+    def generation(self, request: ValidGeneration, record: RequestRecord) -> Any:
+        return nullcontext(Measured(NO_SPAN))
 
 
 class NoRecord(RequestRecord):
     """What the use case fills in, and nobody reads."""
 
-    def begin(self) -> None: ...
+    def begin(self, *, urgent: bool = True) -> None: ...
 
     async def committed(self) -> None: ...
 
