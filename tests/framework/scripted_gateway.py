@@ -22,6 +22,8 @@ from llmos.gateway.v1 import (
     generation_pb2,
     generation_service_pb2,
     generation_service_pb2_grpc,
+    job_service_pb2,
+    job_service_pb2_grpc,
     model_service_pb2,
     model_service_pb2_grpc,
 )
@@ -91,6 +93,7 @@ class ScriptedGateway(
     model_service_pb2_grpc.ModelServiceServicer,
     audit_service_pb2_grpc.AuditServiceServicer,
     admin_service_pb2_grpc.AdminServiceServicer,
+    job_service_pb2_grpc.JobServiceServicer,
 ):
     """Use as a context manager. `will(step, …)` says how the next call is answered."""
 
@@ -103,6 +106,7 @@ class ScriptedGateway(
         model_service_pb2_grpc.add_ModelServiceServicer_to_server(self, self._server)
         audit_service_pb2_grpc.add_AuditServiceServicer_to_server(self, self._server)
         admin_service_pb2_grpc.add_AdminServiceServicer_to_server(self, self._server)
+        job_service_pb2_grpc.add_JobServiceServicer_to_server(self, self._server)
         address = f"127.0.0.1:{port}"
         if credentials is None:
             self.port = self._server.add_insecure_port(address)
@@ -186,15 +190,26 @@ class ScriptedGateway(
         return self._serve("Tail", request, context)
 
 
-def _administers(name: str) -> Any:
+def _by_script(name: str, *, streams_in: bool, streams_out: bool) -> Any:
     def method(self: ScriptedGateway, request: Any, context: Any) -> Any:
-        return self._one(name, request, context)
+        serve = self._serve if streams_out else self._one
+        return serve(name, list(request) if streams_in else request, context)
 
     return method
 
 
-for _method in admin_service_pb2.DESCRIPTOR.services_by_name["AdminService"].methods:
-    setattr(ScriptedGateway, _method.name, _administers(_method.name))
+for _service in (
+    admin_service_pb2.DESCRIPTOR.services_by_name["AdminService"],
+    job_service_pb2.DESCRIPTOR.services_by_name["JobService"],
+):
+    for _method in _service.methods:
+        setattr(
+            ScriptedGateway,
+            _method.name,
+            _by_script(
+                _method.name, streams_in=_method.client_streaming, streams_out=_method.server_streaming
+            ),
+        )
 
 
 Response = generation_service_pb2.StreamGenerateResponse

@@ -4,8 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from datetime import UTC, datetime
 from typing import Generic, TypedDict, TypeVar
 
+from google.protobuf.duration_pb2 import Duration
+from google.protobuf.timestamp_pb2 import Timestamp
 from llmos.gateway.v1 import generation_pb2, generation_service_pb2, model_service_pb2
 from llmos.logging.v1 import audit_service_pb2
 
@@ -13,6 +16,7 @@ from llmos_client.audit_types import AuditFilter
 from llmos_client.config import ClientConfig
 from llmos_client.errors import FieldViolation, InvalidRequest
 from llmos_client.generation_types import Completion, Message, Model, Role, TokenCount
+from llmos_client.job_types import RetryOnFailure
 
 RequestT = TypeVar("RequestT")
 ResponseT = TypeVar("ResponseT")
@@ -20,6 +24,7 @@ ResultT = TypeVar("ResultT")
 
 MAX_PAGE_RECORDS = 1000
 MAX_SEARCH_RECORDS = 100_000
+MAX_DURATION_S = 10 * 365 * 86_400.0
 
 
 @dataclass(frozen=True)
@@ -34,8 +39,8 @@ Prompt = str | RawText | Sequence[Message] | generation_pb2.GenerationSpec
 the keyword arguments are then added."""
 
 
-class GenerateOptions(TypedDict, total=False):
-    """The keyword arguments of `generate`. What is left out is the model's or the server's default."""
+class PromptOptions(TypedDict, total=False):
+    """The keyword arguments of what generates. What is left out is the model's or the server's default."""
 
     model: str
     system: str
@@ -60,7 +65,15 @@ class GenerateOptions(TypedDict, total=False):
     """Deadline over all attempts."""
 
 
-class StreamOptions(GenerateOptions, total=False):
+class GenerateOptions(PromptOptions, total=False):
+    """The keyword arguments of `generate`."""
+
+    retry_on_failure: RetryOnFailure
+    """A request that fails for a passing reason becomes a job: the error's `job_id` names it, and the client
+    does not try again by itself."""
+
+
+class StreamOptions(PromptOptions, total=False):
     """The keyword arguments of `stream`."""
 
     resumable: bool
@@ -93,6 +106,11 @@ def generate(config: ClientConfig, prompt: Prompt, options: GenerateOptions) -> 
     request = generation_service_pb2.GenerateRequest(
         spec=build_spec(config.model, prompt, options), idempotency_key=options.get("idempotency_key", "")
     )
+    if (retry := options.get("retry_on_failure")) is not None:
+        if not 2 <= retry.max_attempts <= 20:
+            raise InvalidRequest(f"max_attempts must be from 2 to 20, not {retry.max_attempts}.")
+        request.retry_on_failure.max_attempts = retry.max_attempts
+        request.retry_on_failure.give_up_after.CopyFrom(to_duration("give_up_after_s", retry.give_up_after_s))
     return Unary(request, Completion.from_proto, call_timeout(options.get("timeout_s"), config.timeout_s))
 
 
@@ -116,7 +134,7 @@ def stream(config: ClientConfig, prompt: Prompt, options: StreamOptions) -> Stre
 def count_tokens(
     config: ClientConfig, prompt: Prompt, *, model: str | None, system: str | None, timeout_s: float | None
 ) -> CountTokens:
-    options = GenerateOptions()
+    options = PromptOptions()
     if model is not None:
         options["model"] = model
     if system is not None:
@@ -154,7 +172,7 @@ def search_page(
 
 
 def build_spec(
-    default_model: str | None, prompt: Prompt, options: GenerateOptions
+    default_model: str | None, prompt: Prompt, options: PromptOptions
 ) -> generation_pb2.GenerationSpec:
     """Raises InvalidRequest where no model is named, or a number does not fit its field."""
     spec = generation_pb2.GenerationSpec()
@@ -180,7 +198,7 @@ def build_spec(
     return spec
 
 
-def _apply(spec: generation_pb2.GenerationSpec, options: GenerateOptions) -> None:
+def _apply(spec: generation_pb2.GenerationSpec, options: PromptOptions) -> None:
     if (system := options.get("system")) is not None:
         if spec.prompt.WhichOneof("kind") != "chat":
             raise ValueError("system needs a conversation, not raw text")
@@ -231,3 +249,21 @@ def call_timeout(given: float | None, default: float) -> float:
     if not 0 < given < float("inf"):
         raise ValueError(f"timeout_s must be above 0 and finite, not {given:g}")
     return given
+
+
+def to_duration(name: str, seconds: float) -> Duration:
+    """Raises InvalidRequest where it is not a positive number."""
+    if not 0 < seconds < MAX_DURATION_S:
+        raise InvalidRequest(f"{name} must be above 0 s and below 10 years, not {seconds:g} s.")
+    duration = Duration()
+    duration.FromNanoseconds(round(seconds * 1e9))
+    return duration
+
+
+def to_timestamp(name: str, moment: datetime) -> Timestamp:
+    """Raises ValueError where the time is naive."""
+    if moment.tzinfo is None:
+        raise ValueError(f"{name} needs a time zone, such as datetime.now(UTC)")
+    timestamp = Timestamp()
+    timestamp.FromDatetime(moment.astimezone(UTC))
+    return timestamp

@@ -86,6 +86,11 @@ class LlmosError(Exception):
         self.metadata = dict(metadata or {})
         """What else the server said, such as `scope`."""
 
+    @property
+    def job_id(self) -> str:
+        """The job that the failed request has become, where it asked for that; otherwise empty."""
+        return self.metadata.get("job_id", "")
+
     def __str__(self) -> str:
         return f"{self.message.rstrip('.')} ({self.reason})."
 
@@ -272,6 +277,19 @@ def from_status(
         violations=violations,
         metadata=metadata,
     )
+
+
+def of_reason(
+    reason: str,
+    message: str,
+    *,
+    request_id: str = "",
+    hint: str = "",
+    metadata: Mapping[str, str] | None = None,
+) -> LlmosError:
+    """The error that an attempt of a job failed with."""
+    cls = _BY_REASON.get(reason, ServerError)
+    return cls(message, reason=reason, request_id=request_id, hint=hint, metadata=metadata)
 
 
 def _bare(code: grpc.StatusCode, details: str, *, target: str, request_id: str, trace_id: str) -> LlmosError:

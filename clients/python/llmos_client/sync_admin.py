@@ -5,7 +5,6 @@ from __future__ import annotations
 import builtins
 from collections.abc import Iterable, Mapping
 from datetime import datetime
-from typing import TYPE_CHECKING
 
 from llmos.auth.v1 import admin_service_pb2 as pb
 from llmos.auth.v1 import admin_service_pb2_grpc
@@ -13,16 +12,14 @@ from llmos.auth.v1 import admin_service_pb2_grpc
 from llmos_client import admin_calls
 from llmos_client.admin_calls import GENERATE
 from llmos_client.admin_types import MadeResource, Resource, ResourceKind
-
-if TYPE_CHECKING:
-    from llmos_client.sync_client import _Wire
+from llmos_client.sync_wire import Wire
 
 
 class Admin:
     """Tenants, clients, keys, roles, plans, address rules and identity providers; needs the scope `admin` or
     `tenant.admin`. Each method raises a class of `errors`; `timeout_s` is for each call."""
 
-    def __init__(self, wire: _Wire) -> None:
+    def __init__(self, wire: Wire) -> None:
         self._wire = wire
 
     def create(

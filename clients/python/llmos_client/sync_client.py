@@ -3,33 +3,29 @@
 from __future__ import annotations
 
 import threading
-import time
 from collections.abc import Iterator
 from types import TracebackType
-from typing import TYPE_CHECKING, Self, TypeVar, Unpack
+from typing import TYPE_CHECKING, Self, Unpack
 
 import grpc
-from llmos.auth.v1 import admin_service_pb2_grpc
-from llmos.gateway.v1 import generation_service_pb2, generation_service_pb2_grpc, model_service_pb2_grpc
-from llmos.logging.v1 import audit_service_pb2, audit_service_pb2_grpc
+from llmos.gateway.v1 import generation_service_pb2
 
 from llmos_client import calls, transport
 from llmos_client.audit_types import AuditFilter, AuditRecord
-from llmos_client.calls import GenerateOptions, Prompt, StreamOptions, Unary
+from llmos_client.calls import GenerateOptions, Prompt, StreamOptions
 from llmos_client.config import ClientConfig, ClientOptions
-from llmos_client.errors import Cancelled, LlmosError, Unavailable, from_status
+from llmos_client.errors import Cancelled
 from llmos_client.generation_types import Completion, Delta, Event, Model, TokenCount
-from llmos_client.retry import Attempts, RetryThrottle
+from llmos_client.retry import Attempts
 from llmos_client.streaming import StreamFacts, StreamState
 from llmos_client.sync_admin import Admin
-from llmos_client.tailing import TailBreaks, TailState
+from llmos_client.sync_following import AuditTail
+from llmos_client.sync_jobs import Jobs
+from llmos_client.sync_wire import Wire
+from llmos_client.tailing import GIVE_UP_AFTER_S, TailBreaks, TailState
 
 if TYPE_CHECKING:
     from grpc import _CallIterator
-
-RequestT = TypeVar("RequestT")
-ResponseT = TypeVar("ResponseT")
-ResultT = TypeVar("ResultT")
 
 
 class Client:
@@ -40,11 +36,13 @@ class Client:
 
         Nothing is connected before the first call.
         """
-        self._wire = _Wire(ClientConfig.of(target, options))
+        self._wire = Wire(ClientConfig.of(target, options))
         self.audit = Audit(self._wire)
         """The audit log; needs the scope `audit.read`."""
         self.admin = Admin(self._wire)
         """Administration; needs the scope `admin` or `tenant.admin`."""
+        self.jobs = Jobs(self._wire)
+        """Requests that run later, and dead letters; needs the scope `generate`."""
 
     @property
     def target(self) -> str:
@@ -105,7 +103,7 @@ class Stream(StreamFacts):
     StreamBroken, or what the server said.
     """
 
-    def __init__(self, wire: _Wire, call: calls.StreamCall) -> None:
+    def __init__(self, wire: Wire, call: calls.StreamCall) -> None:
         self._wire = wire
         self._request = call.request
         self._attempts = Attempts(wire.config.retry, wire.throttle, call.timeout_s)
@@ -183,7 +181,7 @@ class Stream(StreamFacts):
 class Audit:
     """The audit log."""
 
-    def __init__(self, wire: _Wire) -> None:
+    def __init__(self, wire: Wire) -> None:
         self._wire = wire
 
     def search(
@@ -217,7 +215,7 @@ class Audit:
         last: int = 10,
         after_position: int | None = None,
         timeout_s: float | None = None,
-        give_up_after_s: float = 60.0,
+        give_up_after_s: float = GIVE_UP_AFTER_S,
     ) -> AuditTail:
         """Follows the log: `last` stored records (up to 1,000) or all after a position, then what is added.
 
@@ -233,126 +231,4 @@ class Audit:
                 timeout_s=timeout_s,
                 give_up_after_s=give_up_after_s,
             ),
-        )
-
-
-class AuditTail:
-    """Iterate it for records; the same request comes again when its outcome is stored."""
-
-    def __init__(self, wire: _Wire, state: TailState, breaks: TailBreaks) -> None:
-        self._wire = wire
-        self._state = state
-        self._breaks = breaks
-        self._trace_id = transport.new_trace_id()
-        self._cancelled = threading.Event()
-        self._records = self._run()
-        self._call = self._open()
-
-    @property
-    def position(self) -> int | None:
-        """Of the last record; a later tail goes on from it with `after_position`."""
-        return self._state.position
-
-    def __iter__(self) -> Iterator[AuditRecord]:
-        return self._records
-
-    def cancel(self) -> None:
-        """Ends the tail; the iteration then raises Cancelled. From any thread."""
-        self._cancelled.set()
-        self._call.cancel()
-
-    close = cancel
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self.cancel()
-
-    def _open(self) -> _CallIterator[audit_service_pb2.TailResponse]:
-        return self._wire.audit.Tail(
-            self._state.request(),
-            timeout=self._breaks.call_timeout_s(),
-            metadata=transport.call_metadata(self._wire.config, self._trace_id),
-        )
-
-    def _next(self) -> audit_service_pb2.TailResponse:
-        try:
-            response = next(self._call, None)
-        except grpc.RpcError as rpc_error:
-            raise self._wire.error(rpc_error, self._trace_id) from rpc_error
-        if response is None:
-            raise Unavailable("The server ended the tail.", trace_id=self._trace_id)
-        return response
-
-    def _run(self) -> Iterator[AuditRecord]:
-        try:
-            while True:
-                try:
-                    response = self._next()
-                except LlmosError as error:
-                    if self._cancelled.wait(self._breaks.failed(error)):
-                        raise Cancelled("The call was cancelled.", trace_id=self._trace_id) from error
-                    self._call = self._open()
-                    if self._cancelled.is_set():  # by another thread, which saw the former call
-                        self._call.cancel()
-                    continue
-                self._breaks.received()
-                record = self._state.accept(response)
-                if record is not None:
-                    yield record
-        finally:
-            self._call.cancel()
-
-
-class _Wire:
-    """The channel with its stubs, and the one way in which unary calls are made."""
-
-    def __init__(self, config: ClientConfig) -> None:
-        self.config = config
-        self.throttle = RetryThrottle()
-        credentials = transport.channel_credentials(config)
-        options = transport.channel_options()
-        if credentials is None:
-            self.channel = grpc.insecure_channel(config.target, options)
-        else:
-            self.channel = grpc.secure_channel(config.target, credentials, options)
-        self.generation = generation_service_pb2_grpc.GenerationServiceStub(self.channel)
-        self.models = model_service_pb2_grpc.ModelServiceStub(self.channel)
-        self.audit = audit_service_pb2_grpc.AuditServiceStub(self.channel)
-        self.admin = admin_service_pb2_grpc.AdminServiceStub(self.channel)
-
-    def unary(
-        self,
-        method: grpc.UnaryUnaryMultiCallable[RequestT, ResponseT],
-        call: Unary[RequestT, ResponseT, ResultT],
-    ) -> ResultT:
-        trace_id = transport.new_trace_id()
-        attempts = Attempts(self.config.retry, self.throttle, call.timeout_s)
-        while True:
-            try:
-                response = method(
-                    call.request,
-                    timeout=attempts.remaining_s(),
-                    metadata=transport.call_metadata(self.config, trace_id),
-                )
-            except grpc.RpcError as rpc_error:
-                error = self.error(rpc_error, trace_id)
-                if not call.retries:
-                    raise error from rpc_error
-                wait_s = attempts.failed(error)
-            else:
-                attempts.succeeded()
-                return call.decode(response, trace_id)
-            time.sleep(wait_s)
-
-    def error(self, rpc_error: grpc.RpcError, trace_id: str) -> LlmosError:
-        return from_status(
-            rpc_error.code(),
-            rpc_error.details() or "",
-            [(entry.key, entry.value) for entry in rpc_error.trailing_metadata() or ()],
-            target=self.config.target,
-            trace_id=trace_id,
         )

@@ -1,10 +1,11 @@
-"""How the audit log is followed across breaks. Pure; the same for both clients."""
+"""How a stream that does not end by itself is followed across breaks. Pure; the same for both clients."""
 
 from __future__ import annotations
 
 import random
 import time
 from collections.abc import Callable
+from typing import Generic, TypeVar
 
 from llmos.logging.v1 import audit_service_pb2
 
@@ -12,14 +13,39 @@ from llmos_client.audit_types import AuditFilter, AuditRecord
 from llmos_client.errors import DeadlineExceeded, LlmosError, Unavailable
 from llmos_client.retry import Attempts, RetryPolicy, RetryThrottle
 
+RequestT = TypeVar("RequestT")
+ResponseT = TypeVar("ResponseT")
+ItemT = TypeVar("ItemT")
+
 CALL_TIMEOUT_S = 3600.0
 """A tail is a chain of calls; this is the longest that we ask for, and the server may allow less."""
+GIVE_UP_AFTER_S = 60.0
+"""How long a break may last in all, where nothing else is said."""
 LIFE_S = 30.0
 """A call that lasted longer had reached its server: connecting is given up sooner."""
 
 
-class TailState:
-    """Where a tail stands, and with which request it goes on."""
+class Followed(Generic[RequestT, ResponseT, ItemT]):
+    """What is followed: with which request it goes on after a break, and what comes of its responses."""
+
+    ended = False
+    """Whether there is nothing more to come."""
+
+    def request(self) -> RequestT:
+        """Of the call that begins now."""
+        raise NotImplementedError
+
+    def accept(self, response: ResponseT) -> ItemT | None:
+        """What the caller gets; None where that was delivered before."""
+        raise NotImplementedError
+
+    def closed(self) -> None:
+        """The server has ended the call without an error. Raises Unavailable where that was not the end."""
+        raise Unavailable("The server ended the stream before its end.")
+
+
+class TailState(Followed[audit_service_pb2.TailRequest, audit_service_pb2.TailResponse, AuditRecord]):
+    """Where a tail of the audit log stands."""
 
     def __init__(self, wanted: AuditFilter, *, last: int, after_position: int | None) -> None:
         if not 0 <= last <= 1000:
