@@ -65,7 +65,9 @@ class Claims:
 
     claims: tuple[JobClaim, ...]
     next_due_us: int | None
-    """When a job falls due that is not yet; None: none waits."""
+    """When a job falls due that is not yet, or the past: there are more; None: none waits."""
+    changed: tuple[str, ...] = ()
+    dead: Mapping[str, int] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, slots=True)
@@ -248,9 +250,12 @@ class ScheduleStore(Protocol):
     async def dead_letter(self, dead_letter_id: str, tenant_id: str) -> tuple[DeadLetter, Sealed | None]:
         """With its bytes or its sealed request. Raises NotFound as `cancel` does."""
 
-    async def replay(self, dead_letter_id: str, tenant_id: str, job: JobRequested, now_us: int) -> Job:
-        """Puts a new job in a dead letter's place. Raises NotFound as `cancel` does, AlreadyExists where the
-        new job's id is known, RequestInvalid where it is another tenant's."""
+    async def replay(
+        self, dead_letter_id: str, tenant_id: str, job: JobRequested, now_us: int
+    ) -> tuple[Job, tuple[str, ...]]:
+        """Puts a new job in a dead letter's place; returns it, and the ids that changed. Raises NotFound as
+        `cancel` does, AlreadyExists where the new job's id is known, RequestInvalid where it is another
+        tenant's."""
 
     async def discard(self, dead_letter_id: str, tenant_id: str, now_us: int) -> None:
         """Raises NotFound as `cancel` does."""
