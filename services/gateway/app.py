@@ -66,7 +66,7 @@ from services.mesh.clock import Clock
 from services.mesh.health import Health
 from services.mesh.interceptors import Chain, server_chain
 from services.mesh.jwks import KEYS, FirstKeys, JwksCache
-from services.mesh.kafka import KafkaPublisher, audit_topic
+from services.mesh.kafka import KafkaPublisher
 from services.mesh.relay import Relay
 from services.mesh.revocation import RevocationList
 from services.mesh.running import RunningCalls
@@ -115,7 +115,7 @@ async def build(settings: GatewaySettings, clock: Clock) -> App:
         max_events=settings.spool_max_events,
         clock=clock,
     )
-    publisher = KafkaPublisher(settings, audit_topic(settings))
+    publisher = KafkaPublisher(settings)
     relay = Relay(spool, publisher, GrpcWatermarks(log), clock)
     trail = AuditTrail(spool, clock, running.is_cut)
 

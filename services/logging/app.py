@@ -13,12 +13,13 @@ from services.logging.settings import LoggingSettings
 from services.logging.stores.sqlite import SqliteStore
 from services.mesh.app import App, Closing
 from services.mesh.auth_client import GrpcJwks, own_tokens
+from services.mesh.broker import Topic
 from services.mesh.channel import Channel
 from services.mesh.clock import Clock
 from services.mesh.health import Health
 from services.mesh.interceptors import server_chain
 from services.mesh.jwks import KEYS, FirstKeys, JwksCache
-from services.mesh.kafka import KafkaSource, audit_topic
+from services.mesh.kafka import KafkaSource
 from services.mesh.revocation import RevocationList
 from services.mesh.running import RunningCalls
 from services.mesh.server import GrpcServer
@@ -46,13 +47,12 @@ async def build(settings: LoggingSettings, clock: Clock) -> App:
     health = Health(parts=[CONSUMER, KEYS, REVOCATIONS])
     store = SqliteStore(settings.db_path)
     log = AuditLog(store, clock, fence_after_s=settings.fence_after_s, max_tails=settings.max_tails)
-    topic = audit_topic(settings)
     consumer = AuditConsumer(
-        KafkaSource(settings, topic, group=GROUP),
+        KafkaSource(settings, Topic.AUDIT, group=GROUP),
         store,
         log,
         clock,
-        topic=topic.name,
+        topic=settings.topic_name(Topic.AUDIT),
         stalled_after_s=settings.stalled_after_s,
         on_health=partial(health.set_part, CONSUMER),
     )

@@ -1,15 +1,25 @@
-"""What the audit path asks of Kafka: ports, implemented in `kafka`, and in memory by tests."""
+"""What the way of events asks of Kafka: ports, implemented in `kafka`, and in memory by tests."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from enum import IntEnum
 from typing import Protocol
 
 PLACE_HEADER = "llmos-place"
-"""EPOCH/SEQUENCE of an audit event: should its value be damaged, the consumer still knows what it was."""
+"""EPOCH/SEQUENCE of a spool's event: should its value be damaged, the consumer still knows what it was."""
 
 Headers = tuple[tuple[str, bytes], ...]
+
+
+class Topic(IntEnum):
+    """Where an event goes. Spools keep these numbers in their files."""
+
+    AUDIT = 0
+    JOBS = 1
+    RETRY = 2
+    DEAD_LETTER = 3
 
 
 @dataclass(frozen=True, slots=True)
@@ -19,6 +29,7 @@ class Record:
     key: bytes
     value: bytes
     headers: Headers = ()
+    topic: Topic = Topic.AUDIT
 
 
 @dataclass(frozen=True, slots=True)
@@ -33,10 +44,10 @@ class ReceivedRecord:
 
 
 class RecordPublisher(Protocol):
-    """Publishes to one topic."""
+    """Publishes to the topics that records name."""
 
     async def publish(self, records: Sequence[Record]) -> None:
-        """Returns when the broker has all of them, in order for each key.
+        """Returns when the broker has all of them, in order for each topic and key.
 
         Raises DependencyUnavailable where that is not sure; some may have been taken nevertheless. Ends in
         bounded time.

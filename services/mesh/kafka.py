@@ -23,7 +23,7 @@ from aiokafka.errors import KafkaError
 from aiokafka.partitioner import murmur2
 from aiokafka.structs import OffsetAndMetadata
 
-from services.mesh.broker import ReceivedRecord, Record
+from services.mesh.broker import ReceivedRecord, Record, Topic
 from services.mesh.errors import DependencyUnavailable
 from services.mesh.settings import KafkaSettings
 
@@ -43,7 +43,7 @@ TOPIC_ALREADY_EXISTS = 36
 
 
 @dataclass(frozen=True, slots=True)
-class Topic:
+class KafkaTopic:
     """A topic and how it is made where it does not exist."""
 
     name: str
@@ -51,23 +51,25 @@ class Topic:
     replication: int
 
 
-def audit_topic(settings: KafkaSettings) -> Topic:
-    return Topic(settings.audit_topic, settings.kafka_partitions, settings.kafka_replication)
+def kafka_topic(settings: KafkaSettings, topic: Topic) -> KafkaTopic:
+    """A topic as this deployment names and makes it."""
+    return KafkaTopic(settings.topic_name(topic), settings.kafka_partitions, settings.kafka_replication)
 
 
 class KafkaPublisher:
     """A `RecordPublisher`."""
 
-    def __init__(self, settings: KafkaSettings, topic: Topic) -> None:
+    def __init__(self, settings: KafkaSettings) -> None:
         self._settings = settings
-        self._topic = topic
         self._producer: AIOKafkaProducer | None = None
+        self._ensured: set[Topic] = set()
+        """Topics that are known to exist since the producer was made."""
         self._closing: set[asyncio.Task[None]] = set()
 
     async def publish(self, records: Sequence[Record]) -> None:
         try:
             async with asyncio.timeout(PUBLISH_TIMEOUT_S):
-                producer = await self._ready()
+                producer = await self._ready({record.topic for record in records})
                 await self._send(producer, records)
         except (KafkaError, OSError, TimeoutError) as error:
             self._discard()
@@ -81,9 +83,11 @@ class KafkaPublisher:
         if self._closing:
             await asyncio.wait(self._closing, timeout=3 * CLOSE_TIMEOUT_S)
 
-    async def _ready(self) -> AIOKafkaProducer:
+    async def _ready(self, topics: set[Topic]) -> AIOKafkaProducer:
+        for topic in sorted(topics - self._ensured):
+            await ensure_topic(self._settings, kafka_topic(self._settings, topic))
+            self._ensured.add(topic)
         if self._producer is None:
-            await ensure_topic(self._settings, self._topic)
             self._producer = AIOKafkaProducer(
                 **_connection(self._settings),
                 acks="all",
@@ -96,14 +100,14 @@ class KafkaPublisher:
         return self._producer
 
     async def _send(self, producer: AIOKafkaProducer, records: Sequence[Record]) -> None:
-        topic = self._topic.name
-        partitions = sorted(await producer.partitions_for(topic))
-        by_partition: dict[int, list[Record]] = {}
+        by_key: dict[tuple[Topic, bytes], list[Record]] = {}
         for record in records:
-            partition = partitions[(murmur2(record.key) & 0x7FFFFFFF) % len(partitions)]
-            by_partition.setdefault(partition, []).append(record)
+            by_key.setdefault((record.topic, record.key), []).append(record)
         sent = []
-        for partition, batch_of in by_partition.items():
+        for (kind, key), batch_of in by_key.items():
+            topic = self._settings.topic_name(kind)
+            partitions = sorted(await producer.partitions_for(topic))
+            partition = partitions[(murmur2(key) & 0x7FFFFFFF) % len(partitions)]
             batch = producer.create_batch()
             for record in batch_of:
                 arguments: dict[str, Any] = {"key": record.key, "value": record.value, "timestamp": None}
@@ -116,6 +120,7 @@ class KafkaPublisher:
 
     def _discard(self) -> None:
         producer, self._producer = self._producer, None
+        self._ensured.clear()
         if producer is not None:
             _behind(_close_producer(producer), self._closing)
 
@@ -126,7 +131,7 @@ class KafkaSource:
 
     def __init__(self, settings: KafkaSettings, topic: Topic, *, group: str) -> None:
         self._settings = settings
-        self._topic = topic
+        self._topic = kafka_topic(settings, topic)
         self._group = group
         self._consumer: AIOKafkaConsumer | None = None
         self._next: dict[int, int] = {}
@@ -250,7 +255,7 @@ class KafkaSource:
             _behind(_close_consumer(consumer), self._closing)
 
 
-async def ensure_topic(settings: KafkaSettings, topic: Topic) -> None:
+async def ensure_topic(settings: KafkaSettings, topic: KafkaTopic) -> None:
     """Makes the topic where it does not exist. Where that is not allowed to us, somebody else has to."""
     admin = AIOKafkaAdminClient(**_connection(settings))
     try:

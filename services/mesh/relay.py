@@ -143,7 +143,7 @@ class Relay:
         headers = [(PLACE_HEADER, f"{place.epoch}/{place.sequence}".encode())]
         if event.traceparent:
             headers.append(("traceparent", event.traceparent.encode()))
-        return Record(producer.encode(), value, tuple(headers))
+        return Record(producer.encode(), value, tuple(headers), event.topic)
 
     async def _keep_publishing(self) -> None:
         appended = self._spool.appended

@@ -12,6 +12,8 @@ from typing import Annotated, Any, ClassVar, Literal
 from pydantic import Field, SecretStr, model_validator
 from pydantic_settings import BaseSettings, SettingsConfigDict
 
+from services.mesh.broker import Topic
+
 Port = Annotated[int, Field(ge=0, le=65535)]
 PositiveSeconds = Annotated[float, Field(gt=0, le=86_400)]
 LOOPBACK = ("127.0.0.1", "::1", "localhost")
@@ -128,9 +130,9 @@ class KafkaSettings(ServiceSettings):
             )
         return self
 
-    @property
-    def audit_topic(self) -> str:
-        return f"{self.kafka_topic_prefix}.audit.v1"
+    def topic_name(self, topic: Topic) -> str:
+        """PREFIX.audit.v1, PREFIX.jobs.v1, PREFIX.retry.v1 or PREFIX.dead-letter.v1."""
+        return f"{self.kafka_topic_prefix}.{topic.name.lower().replace('_', '-')}.v1"
 
 
 def describe(settings: ServiceSettings) -> list[str]:

@@ -10,8 +10,11 @@ tried again, and a disk that hangs holds no caller longer than `append_timeout_s
 A request has one intent at most and one outcome: more are refused with StateConflict. An outcome without an
 intent is right for a request that was refused before it began.
 
+Jobs go the same way (`append_job`). They may take three quarters of the room, so that audit events still find
+some, and they are refused in either mode where they cannot be written: whoever submits one is told.
+
 `spool_file` has the SQL, `spool_writer` the thread, `spool_ledger` the limits, `spool_gap` the count of
-what was turned away; `relay` takes what is here to Kafka.
+what was turned away, `spool_anonymous` those of refusals; `relay` takes what is here to Kafka.
 """
 
 from __future__ import annotations
@@ -24,24 +27,31 @@ from collections.abc import Mapping
 from enum import StrEnum
 from pathlib import Path
 
-from opentelemetry import trace
-
+from services.mesh import job_codec
 from services.mesh.audit_protocol import Place, ProducerReport
+from services.mesh.broker import Topic
 from services.mesh.clock import Clock
-from services.mesh.errors import Internal, StateConflict
+from services.mesh.errors import Internal, MessageTooLarge, StateConflict
 from services.mesh.event_codec import EventEncoder
-from services.mesh.events import AnonymousRejected, OtherEvent, RequestEnded, RequestStarted
+from services.mesh.events import OtherEvent, RequestEnded, RequestStarted
+from services.mesh.jobs import JobRequested, RetryRequested
+from services.mesh.spool_anonymous import AnonymousCounts
 from services.mesh.spool_file import Append, Gap, Holding, Opened, SpooledEvent, SpoolFile
 from services.mesh.spool_gap import GapCounter
-from services.mesh.spool_ledger import AnonymousCounts, OpenIntent, SpoolLedger
+from services.mesh.spool_ledger import OpenIntent, SpoolLedger
 from services.mesh.spool_waiting import Waiting, failed, refuse
 from services.mesh.spool_writer import RARE_SPACING_S, SPACING_S, AppendDone, SpoolWriter
+from services.mesh.telemetry import traceparent
 
 logger = logging.getLogger(__name__)
 
 OUTCOME_EXTRA_BYTES = 512
 """An outcome repeats its intent's facts and adds no more than this."""
 MAX_EVENT_BYTES = 64 * 1024
+JOBS_SHARE = 0.75
+"""Of the spool's room; beyond it is for audit events alone."""
+JOB_TIMEOUT_S = 5.0
+"""A submitter rather waits for a disk that hangs than is told wrongly that the job is not taken."""
 HOUSEKEEPING_S = 1.0
 STOP_TIMEOUT_S = 5.0
 
@@ -75,9 +85,8 @@ class Spool:
         self._mode = mode
         self._clock = clock
         self._waiting = Waiting(refuses=mode is Mode.STRICT, timeout_s=append_timeout_s)
-        self._anonymous = AnonymousCounts(max_anonymous)
-        self._anonymous_interval_s = anonymous_interval_s
-        self._interval_start = clock.now()
+        self._waiting_jobs = Waiting(refuses=True, timeout_s=max(append_timeout_s, JOB_TIMEOUT_S), what="job")
+        self._anonymous = AnonymousCounts(max_anonymous, anonymous_interval_s, clock.now())
         self._encoder = EventEncoder(source, "")
         self._retained: list[Append] = []
         self._gap = GapCounter(
@@ -137,7 +146,7 @@ class Spool:
         self._encoder = EventEncoder(self._source, opened.producer)
         self.ledger.found(opened.epoch, opened.holding)
         self._gap.load(opened.gap)
-        self._interval_start = now
+        self._anonymous.begin(now)
         self._running = True
         self.appended.set()
         self._housekeeping = asyncio.create_task(self._keep_house())
@@ -194,7 +203,7 @@ class Spool:
                     del ledger.open[request_id]
             self._waiting.settle(waiting, written=place is not None)
 
-        append = Append(body, now.timestamp(), _traceparent(), intent_of=request_id)
+        append = Append(body, now.timestamp(), traceparent(), intent_of=request_id)
         self._writer.append(append, done, spacing_s=0.0 if urgent else SPACING_S)
         return waiting
 
@@ -218,7 +227,7 @@ class Spool:
         elif not self._running or not ledger.admit(len(body)):
             self._gap.count()
             return self._waiting.turned_away()
-        append = Append(body, now.timestamp(), _traceparent(), outcome_of=request_id)
+        append = Append(body, now.timestamp(), traceparent(), outcome_of=request_id)
         waiting = self._waiting.begin(otherwise=opened is not None or self._mode is Mode.PERMISSIVE)
 
         def done(place: Place | None, error: Exception | None) -> None:
@@ -248,6 +257,33 @@ class Spool:
         waiting = self._waiting.begin(otherwise=self._mode is Mode.PERMISSIVE)
         written.add_done_callback(lambda future: self._waiting.settle(waiting, written=future.result()))
         await waiting
+
+    def append_job(self, event: JobRequested | RetryRequested) -> asyncio.Future[None]:
+        """Hands a job over; the future has its result when it is on disk, not merely with the system.
+
+        The future raises AuditUnavailable where it cannot be written, in either mode, and MessageTooLarge.
+        Where the disk hangs, it may be written all the same.
+        """
+        now = self._clock.now()
+        body = job_codec.encode(event, source=self._source, producer=self.producer, time=now)
+        size = len(body)
+        if size > job_codec.MAX_EVENT_BYTES:
+            limit = job_codec.MAX_EVENT_BYTES
+            return failed(MessageTooLarge(f"A job has {limit:,} bytes at most; this one has {size:,}."))
+        if not self._running or not self.ledger.admit(size, share=JOBS_SHARE):
+            return self._waiting_jobs.turned_away()
+        waiting = self._waiting_jobs.begin(otherwise=False)
+
+        def done(place: Place | None, error: Exception | None) -> None:
+            if place is not None:
+                self._committed(size, place)
+            else:
+                self.ledger.withdraw(size)
+            self._waiting_jobs.settle(waiting, written=place is not None)
+
+        topic = Topic.JOBS if isinstance(event, JobRequested) else Topic.RETRY
+        self._writer.append(Append(body, now.timestamp(), traceparent(), topic=topic), done)
+        return waiting
 
     def count_anonymous(self, source_address: str, reason: str) -> None:
         """Counts a refusal of someone unknown. Written once in an interval, for each source and reason."""
@@ -320,14 +356,13 @@ class Spool:
             if not written.done():
                 written.set_result(place is not None)
 
-        self._writer.append(Append(body, now.timestamp(), _traceparent(), gap=gap), done)
+        self._writer.append(Append(body, now.timestamp(), traceparent(), gap=gap), done)
         return written
 
     async def _keep_house(self) -> None:
         while True:
             await self._clock.sleep(HOUSEKEEPING_S)
-            elapsed_s = (self._clock.now() - self._interval_start).total_seconds()
-            self._tidy(anonymous=elapsed_s >= self._anonymous_interval_s)
+            self._tidy(anonymous=self._anonymous.is_due(self._clock.now()))
             self._gap.remember()
             self.oldest_age_s = await self._oldest_age_s()
 
@@ -346,7 +381,7 @@ class Spool:
             self._writer.append(append, self._retried(append))
         self._gap.record()
         if anonymous:
-            self._flush_anonymous()
+            self._anonymous.flush(self._clock.now(), lambda event: self._append_other(event) is not None)
 
     def _retried(self, append: Append) -> AppendDone:
         def done(place: Place | None, error: Exception | None) -> None:
@@ -356,19 +391,3 @@ class Spool:
                 self._outcome_written(append, place)
 
         return done
-
-    def _flush_anonymous(self) -> None:
-        now = self._clock.now()
-        for source_address, reason, count in self._anonymous.take():
-            event = AnonymousRejected(source_address, reason, count, self._interval_start, now)
-            if self._append_other(event) is None:
-                self._anonymous.add(source_address, reason, count)  # with the next interval's
-        if not self._anonymous:
-            self._interval_start = now
-
-
-def _traceparent() -> str:
-    context = trace.get_current_span().get_span_context()
-    if not context.is_valid:
-        return ""
-    return f"00-{context.trace_id:032x}-{context.span_id:016x}-{context.trace_flags:02x}"

@@ -1,7 +1,8 @@
 """The spool's file: one SQLite database, used by one thread of one process.
 
 WAL with synchronous=NORMAL: what was committed survives the process, and a power loss may take the last
-commits; FULL in `strict`. The beginning of an epoch is always FULL, so that no place is ever used twice.
+commits; FULL in `strict`. A group with a job in it is always FULL, since its submitter forgets it; so is the
+beginning of an epoch, so that no place is ever used twice.
 The locking mode is EXCLUSIVE: a second process that opens the file is refused, and no shared memory file is
 needed.
 """
@@ -17,31 +18,10 @@ from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
 
-from services.mesh import spool_rows
+from services.mesh import spool_rows, spool_schema
 from services.mesh.audit_protocol import HeldEpoch, Place
+from services.mesh.broker import Topic
 from services.mesh.event_codec import EventEncoder
-
-FORMAT = 1
-_SCHEMA = """
-CREATE TABLE meta (key TEXT PRIMARY KEY, value NOT NULL) WITHOUT ROWID;
-CREATE TABLE events (
-    epoch INTEGER NOT NULL,
-    sequence INTEGER NOT NULL,
-    outcome_of TEXT,  -- the request's id, where this is its outcome
-    traceparent TEXT NOT NULL,
-    time_s REAL NOT NULL,
-    body BLOB NOT NULL,
-    PRIMARY KEY (epoch, sequence)
-) WITHOUT ROWID;
-CREATE UNIQUE INDEX one_outcome ON events (outcome_of) WHERE outcome_of IS NOT NULL;
-CREATE TABLE open_intents (
-    request_id TEXT PRIMARY KEY,
-    epoch INTEGER NOT NULL,
-    sequence INTEGER NOT NULL,
-    traceparent TEXT NOT NULL,
-    body BLOB NOT NULL
-) WITHOUT ROWID;
-"""
 
 
 @dataclass(slots=True)
@@ -69,6 +49,7 @@ class Append:
     outcome_of: str = ""
     gap: Gap | None = None
     """What is left to be recorded, once this event is written."""
+    topic: Topic = Topic.AUDIT
 
 
 @dataclass(frozen=True, slots=True)
@@ -79,6 +60,7 @@ class SpooledEvent:
     outcome_of: str | None
     traceparent: str
     body: bytes
+    topic: Topic = Topic.AUDIT
 
 
 @dataclass(frozen=True, slots=True)
@@ -166,7 +148,8 @@ class SpoolFile:
         a request, which is left out.
         """
         db = self._reconnected()
-        with self._transaction(self._synchronous):
+        has_job = any(event.topic is not Topic.AUDIT for event in batch)
+        with self._transaction("FULL" if has_job else self._synchronous):
             places, last = spool_rows.insert(db, self._epoch, self._last, batch)
             spool_rows.note_open(db, batch, places)
             for event, place in zip(batch, places, strict=True):
@@ -186,15 +169,15 @@ class SpoolFile:
         found: list[SpooledEvent] = []
         size = 0
         rows = self._reconnected().execute(
-            "SELECT epoch, sequence, outcome_of, traceparent, body FROM events"
+            "SELECT epoch, sequence, outcome_of, traceparent, body, topic FROM events"
             " WHERE (epoch, sequence) > (?, ?) ORDER BY epoch, sequence LIMIT ?",
             (*mark, max_events),
         )
-        for epoch, sequence, outcome_of, traceparent, body in rows:
+        for epoch, sequence, outcome_of, traceparent, body, topic in rows:
             size += len(body)
             if found and size > max_bytes:
                 break
-            found.append(SpooledEvent(Place(epoch, sequence), outcome_of, traceparent, body))
+            found.append(SpooledEvent(Place(epoch, sequence), outcome_of, traceparent, body, Topic(topic)))
         rows.close()
         return found
 
@@ -256,16 +239,10 @@ class SpoolFile:
                 raise SpoolUnusable(f"the disk of {self._path} does not allow SQLite's WAL")
             db.execute("PRAGMA journal_size_limit = 4194304")
             with self._transaction("FULL"):
-                (version,) = db.execute("PRAGMA user_version").fetchone()
-                if version == 0 and not db.execute("SELECT 1 FROM sqlite_master").fetchone():
-                    for statement in _SCHEMA.split(";\n"):
-                        db.execute(statement)
-                    db.execute(f"PRAGMA user_version = {FORMAT}")
-                elif version != FORMAT:
-                    raise SpoolUnusable(
-                        f"{self._path} is no spool of this version (format {version}, not {FORMAT}); "
-                        "move it away"
-                    )
+                spool_schema.prepare(db)
+        except spool_schema.WrongFormat as error:
+            self.close()
+            raise SpoolUnusable(f"{self._path} {error}; move it away") from None
         except sqlite3.OperationalError as error:
             self.close()
             if "locked" in str(error):
@@ -328,6 +305,7 @@ class SpoolFile:
                     traceparent,
                     now.timestamp(),
                     encoder.aborted(body, now),
+                    Topic.AUDIT,
                 ),
             ).rowcount
             self._last += written

@@ -43,10 +43,11 @@ class SpoolLedger:
         self._spans: dict[int, tuple[int, int]] = {}
         """By epoch: the first and the last sequence held."""
 
-    def admit(self, *sizes: int) -> bool:
-        """Promises room for events of these sizes, or for none of them."""
+    def admit(self, *sizes: int, share: float = 1.0) -> bool:
+        """Promises room for events of these sizes, or for none of them. `share`: of all the room, so much may
+        be taken then."""
         size = sum(sizes) + EVENT_OVERHEAD_BYTES * len(sizes)
-        if self.bytes + size > self.max_bytes or self.events + len(sizes) > self.max_events:
+        if self.bytes + size > share * self.max_bytes or self.events + len(sizes) > share * self.max_events:
             return False
         self.promised_bytes += size
         self.promised_events += len(sizes)
@@ -122,28 +123,3 @@ class SpoolLedger:
     @property
     def events(self) -> int:
         return self.held_events + self.promised_events
-
-
-class AnonymousCounts:
-    """Counts of anonymous refusals, by source and reason; beyond `max_keys` by reason alone."""
-
-    OTHER = "other"
-
-    def __init__(self, max_keys: int) -> None:
-        self._max_keys = max_keys
-        self._counts: dict[tuple[str, str], int] = {}
-
-    def add(self, source_address: str, reason: str, count: int = 1) -> None:
-        key = (source_address[:64], reason)
-        if key not in self._counts and len(self._counts) >= self._max_keys:
-            key = (self.OTHER, reason)
-        self._counts[key] = self._counts.get(key, 0) + count
-
-    def take(self) -> list[tuple[str, str, int]]:
-        """All counts (source, reason, count), which begin anew."""
-        taken = [(source, reason, count) for (source, reason), count in self._counts.items()]
-        self._counts.clear()
-        return taken
-
-    def __bool__(self) -> bool:
-        return bool(self._counts)

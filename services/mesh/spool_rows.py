@@ -28,7 +28,7 @@ def _of_rows(before: str, row: str, after: str = "") -> tuple[str, ...]:
 
 INSERTS = _of_rows(
     "INSERT INTO events VALUES",
-    "(?, ?, ?, ?, ?, ?)",
+    "(?, ?, ?, ?, ?, ?, ?)",
     " ON CONFLICT (outcome_of) WHERE outcome_of IS NOT NULL DO NOTHING",
 )
 _OPENED = _of_rows("INSERT OR REPLACE INTO open_intents VALUES", "(?, ?, ?, ?, ?)")
@@ -78,7 +78,8 @@ def note_open(db: sqlite3.Connection, batch: Sequence[Append], places: Sequence[
 
 
 def _row(epoch: int, sequence: int, event: Append) -> tuple[Any, ...]:
-    return (epoch, sequence, event.outcome_of or None, event.traceparent, event.time_s, event.body)
+    outcome_of = event.outcome_of or None
+    return (epoch, sequence, outcome_of, event.traceparent, event.time_s, event.body, event.topic)
 
 
 def _parts(whole: Sequence[T]) -> Iterator[Sequence[T]]:

@@ -11,8 +11,10 @@ from services.mesh.errors import AuditUnavailable
 class Waiting:
     """Makes and settles them."""
 
-    def __init__(self, *, refuses: bool, timeout_s: float) -> None:
-        """`refuses`: what could not be written is an error for those who wait, and not merely counted."""
+    def __init__(self, *, refuses: bool, timeout_s: float, what: str = "request") -> None:
+        """`refuses`: what could not be written is an error for those who wait, and not merely counted.
+        `what` they handed over, for the error's sentence."""
+        self._what = what
         self._refuses = refuses
         self._timeout_s = timeout_s
         self._expiring: deque[tuple[float, asyncio.Future[None], bool]] = deque()
@@ -49,7 +51,7 @@ class Waiting:
         if written or not self._refuses:
             waiting.set_result(None)
         else:
-            refuse(waiting, AuditUnavailable("The audit log cannot take the request."))
+            refuse(waiting, AuditUnavailable(f"The audit log cannot take the {self._what}."))
 
     def turned_away(self) -> asyncio.Future[None]:
         """For what there is no room for."""

@@ -222,6 +222,14 @@ def call_ended(span: Span, method: str, protocol: str, status: Status, duration_
     call_duration.record(duration_s, (method, protocol, status.name))
 
 
+def traceparent() -> str:
+    """Where the current trace stands, as W3C's header has it; empty outside of one."""
+    context = trace.get_current_span().get_span_context()
+    if not context.is_valid:
+        return ""
+    return f"00-{context.trace_id:032x}-{context.span_id:016x}-{context.trace_flags:02x}"
+
+
 def inject() -> list[tuple[str, str]]:
     """The current trace context as metadata for an outgoing call."""
     carrier: dict[str, str] = {}

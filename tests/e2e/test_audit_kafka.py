@@ -14,7 +14,8 @@ from aiokafka.admin import AIOKafkaAdminClient
 from deploy.dev.broker import Broker
 from services.logging.settings import LoggingSettings
 from services.logging.stores.sqlite import SqliteStore
-from services.mesh.kafka import KafkaPublisher, KafkaSource, audit_topic
+from services.mesh.broker import Topic
+from services.mesh.kafka import KafkaPublisher, KafkaSource
 from tests.framework import broker as brokers
 from tests.framework.audit_path import (
     DirectWatermarks,
@@ -47,20 +48,20 @@ class AuditPath:
 
     def __init__(self, bootstrap: str, folder: Path) -> None:
         self.settings = settings(bootstrap, folder)
-        self.topic = audit_topic(self.settings)
+        self.topic = self.settings.topic_name(Topic.AUDIT)
         self.folder = folder
         self.watermarks = DirectWatermarks()
         self.spool = make_spool(folder / "spool.db")
-        self.relay = make_relay(self.spool, KafkaPublisher(self.settings, self.topic), self.watermarks)
+        self.relay = make_relay(self.spool, KafkaPublisher(self.settings), self.watermarks)
         self.logging = self.new_logging()
 
     def new_logging(self) -> LoggingProcess:
         self.store = SqliteStore(self.folder / "audit.db")
         return LoggingProcess(
             self.store,
-            lambda: KafkaSource(self.settings, self.topic, group=self.settings.kafka_topic_prefix),
+            lambda: KafkaSource(self.settings, Topic.AUDIT, group=self.settings.kafka_topic_prefix),
             self.watermarks,
-            topic=self.topic.name,
+            topic=self.topic,
         )
 
     async def everything_stored(self, *request_ids: str) -> bool:
@@ -92,7 +93,7 @@ async def test_events_are_stored_soon_and_trimmed(broker: Broker, tmp_path: Path
     marks = await admin.list_consumer_group_offsets(path.settings.kafka_topic_prefix)
     await admin.close()
     assert sum(mark.offset for mark in marks.values()) == 604
-    assert set(marks) <= {TopicPartition(path.topic.name, p) for p in range(3)}
+    assert set(marks) <= {TopicPartition(path.topic, p) for p in range(3)}
 
 
 async def test_r29_a_broker_that_lost_its_data_gets_it_again(own_broker: Broker, tmp_path: Path) -> None:

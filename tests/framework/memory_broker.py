@@ -6,32 +6,40 @@ import asyncio
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
-from services.mesh.broker import ReceivedRecord, Record
+from services.mesh.broker import ReceivedRecord, Record, Topic
 from services.mesh.errors import DependencyUnavailable
 from tests.framework.audit_trace import Fate
 
 
 @dataclass
 class MemoryBroker:
-    """One topic. Losing its data, repeating a record and delaying a batch are a call each."""
+    """Losing its data, repeating a record and delaying a batch are a call each."""
 
     partitions: int = 1
-    logs: list[list[Record]] = field(init=False)
+    topics: dict[Topic, list[list[Record]]] = field(init=False)
+    """By topic and partition."""
     delayed: list[tuple[int, Record]] = field(default_factory=list)
     arrived: asyncio.Condition = field(default_factory=asyncio.Condition)
     down: bool = False
 
     def __post_init__(self) -> None:
-        self.logs = [[] for _ in range(self.partitions)]
+        self.topics = {topic: [[] for _ in range(self.partitions)] for topic in Topic}
+
+    @property
+    def logs(self) -> list[list[Record]]:
+        """Of the audit topic."""
+        return self.topics[Topic.AUDIT]
 
     async def append(self, partition: int, records: Sequence[Record]) -> None:
-        self.logs[partition].extend(records)
+        for record in records:
+            self.topics[record.topic][partition].append(record)
         async with self.arrived:
             self.arrived.notify_all()
 
     def wipe(self) -> None:
-        for log in self.logs:
-            log.clear()
+        for topic in self.topics.values():
+            for log in topic:
+                log.clear()
 
     async def land_delayed(self) -> None:
         for partition, record in self.delayed:
@@ -39,9 +47,10 @@ class MemoryBroker:
         self.delayed.clear()
 
     async def duplicate(self, partition: int, back: int) -> None:
-        log = self.logs[partition]
-        if log:
-            await self.append(partition, [log[-min(back, len(log))]])
+        for topic in self.topics.values():
+            log = topic[partition]
+            if log:
+                await self.append(partition, [log[-min(back, len(log))]])
 
 
 @dataclass
@@ -74,6 +83,7 @@ class MemorySource:
     """A `RecordSource`. Where `only` is set, the next poll reads that partition alone."""
 
     broker: MemoryBroker
+    topic: Topic = Topic.AUDIT
     only: int | None = None
     mute: bool = False
     """Gives nothing, without a sign: as a consumer that hangs."""
@@ -102,7 +112,7 @@ class MemorySource:
         if self.broker.down:
             raise DependencyUnavailable("the broker is away")
         found: list[ReceivedRecord] = []
-        for partition, log in enumerate(self.broker.logs):
+        for partition, log in enumerate(self.broker.topics[self.topic]):
             if self.mute or (self.only is not None and partition != self.only):
                 continue
             offset = self._next[partition]
@@ -117,7 +127,7 @@ class MemorySource:
     async def ends(self) -> dict[int, int]:
         if self.broker.down:
             raise DependencyUnavailable("the broker is away")
-        return {partition: len(log) for partition, log in enumerate(self.broker.logs)}
+        return {partition: len(log) for partition, log in enumerate(self.broker.topics[self.topic])}
 
     def positions(self) -> dict[int, int]:
         return dict(self._next)

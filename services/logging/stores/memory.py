@@ -23,7 +23,7 @@ from services.mesh.audit_protocol import (
     SequenceTracker,
     may_settle,
 )
-from services.mesh.event_codec import IntentRead, OtherRead, OutcomeRead
+from services.mesh.event_codec import IntentRead, OtherRead, OutcomeRead, PlaceRead
 from services.mesh.events import Outcome
 
 
@@ -60,6 +60,8 @@ class MemoryStore:
         late = 0
         for event in batch.events:
             self._track(event.producer, event.place, event.floor)
+            if isinstance(event.record, PlaceRead):
+                continue
             if isinstance(event.record, OtherRead):
                 self._others.setdefault((event.producer, event.place), event.record)
             elif isinstance(event.record, IntentRead):

@@ -37,7 +37,7 @@ from services.mesh.audit_protocol import (
     may_settle,
 )
 from services.mesh.errors import DependencyUnavailable, Overloaded
-from services.mesh.event_codec import IntentRead, OtherRead
+from services.mesh.event_codec import IntentRead, OtherRead, PlaceRead
 from services.mesh.events import Outcome
 
 FORMAT = 1
@@ -290,6 +290,8 @@ def _apply(db: sqlite3.Connection, batch: Batch, now_us: int) -> Applied:
         tracker.raise_floor(event.floor)
         tracker.add(event.place.sequence)
         record = event.record
+        if isinstance(record, PlaceRead):
+            continue
         if isinstance(record, OtherRead):
             db.execute(
                 queries.INSERT_OTHER, (event.producer, *event.place, record.kind, record.time_us, record.body)
