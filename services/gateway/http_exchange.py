@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import asyncio
 import re
-from collections.abc import Awaitable, Callable, Iterable, Mapping, MutableMapping
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Mapping, MutableMapping
 from datetime import UTC, datetime
 from email.utils import format_datetime
 from functools import lru_cache
@@ -68,8 +68,9 @@ class Exchange:
         self._begun = False
         self._complete = False
         self._close = False
+        self._received = False
         self._watched: asyncio.Task[Any] | None = None
-        self._failed: Callable[[LlmosError], bytes] = http_errors.event
+        self._failed: Callable[[LlmosError], bytes] | None = http_errors.event
         self.parameter: http_errors.Parameter = str
         """How errors name the fields of the message; a route that knows better names sets it."""
 
@@ -103,12 +104,8 @@ class Exchange:
             raise _too_large(max_bytes)
         parts: list[bytes] = []
         size = 0
-        while True:
-            message = await self._receive()
-            if message["type"] == "http.disconnect":
-                self.gone = True
-                raise Cancelled("The caller went away before it had sent the request.")
-            part = message.get("body", b"")
+        while not self._received:
+            part = await self._part()
             size += len(part)
             if size > max_bytes:
                 parts.clear()
@@ -117,11 +114,46 @@ class Exchange:
             if size > max_bytes * DISCARD_FACTOR:
                 self._close = True
                 raise _too_large(max_bytes)
-            if not message.get("more_body", False):
-                break
         if size > max_bytes:
             raise _too_large(max_bytes)
         return b"".join(parts)
+
+    async def parts(self, max_bytes: int, timeout_s: float) -> AsyncIterator[bytes]:
+        """The body as it comes, for one that is too large to hold: it may take `timeout_s` in all, beyond
+        what other bodies may. Raises as `body`, but does not let the caller finish: `discard` does."""
+        connection = self.scope.get("llmos.connection")
+        if connection is not None:
+            connection.allow_receiving(timeout_s)
+        declared = self.headers.get("content-length", "")
+        if declared.isdecimal() and int(declared) > max_bytes:
+            raise _too_large(max_bytes)
+        size = 0
+        while not self._received:
+            part = await self._part()
+            size += len(part)
+            if size > max_bytes:
+                raise _too_large(max_bytes)
+            if part:
+                yield part
+
+    async def discard(self, max_bytes: int) -> None:
+        """Reads and drops what there is left of the body, so that a caller who is still sending gets to read
+        the answer. Where that is more than `max_bytes` the connection is closed instead."""
+        size = 0
+        while not self._received and not self.gone:
+            size += len(await self._part())
+            if size > max_bytes:
+                self._close = True
+                return
+
+    async def _part(self) -> bytes:
+        message = await self._receive()
+        if message["type"] == "http.disconnect":
+            self.gone = True
+            raise Cancelled("The caller went away before it had sent the request.")
+        self._received = not message.get("more_body", False)
+        part: bytes = message.get("body", b"")
+        return part
 
     def watch(self) -> None:
         """From now on, the caller's leaving cancels the present task. The body must have been read."""
@@ -142,8 +174,14 @@ class Exchange:
         self._failed = failed
         await self._start(200, _STREAM)
 
+    async def begin_content(self, length: int, headers: Iterable[Header]) -> None:
+        """Sends the head of an answer whose body is sent in pieces. One that breaks off ends its connection,
+        so that nobody takes it for whole."""
+        self._failed = None
+        await self._start(200, (*headers, (b"content-length", b"%d" % length)))
+
     async def send(self, data: bytes) -> None:
-        """Sends events; waits where the caller reads too slowly."""
+        """Sends a piece; waits where the caller reads too slowly."""
         await self._send({"type": "http.response.body", "body": data, "more_body": True})
 
     async def end(self, data: bytes) -> None:
@@ -156,7 +194,10 @@ class Exchange:
         if self._complete or self.gone:
             return
         if self._begun:
-            await self.end(self._failed(error))
+            if self._failed is not None:
+                await self.end(self._failed(error))
+            elif (connection := self.scope.get("llmos.connection")) is not None:
+                connection.cut_off()
         else:
             body = http_errors.body(error, self.parameter)
             await self.respond(http_errors.status(error), body, (JSON, *http_errors.headers(error)))

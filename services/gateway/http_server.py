@@ -71,6 +71,16 @@ class BoundedProtocol(HttpToolsProtocol):
         if self.transport.is_closing():
             tell()
 
+    def allow_receiving(self, timeout_s: float) -> None:
+        """Gives what is left of the request that is being received so long, in place of what there was."""
+        if self._receiving is not None:
+            self._disarm()
+            self._receiving = self.loop.call_later(timeout_s, self._on_receive_timeout)
+
+    def cut_off(self) -> None:
+        """Ends the connection at once, in the middle of an answer."""
+        self.transport.abort()
+
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
         super().connection_made(transport)
         if len(self.connections) > self._limits.max_connections:
