@@ -138,15 +138,16 @@ def _api_key(options: ClientOptions, env: Mapping[str, str]) -> str | None:
     if (key := options.get("api_key")) is not None:
         return check_credential(key, "the argument api_key")
     if (file := options.get("api_key_file")) is not None:
-        return _key_from(file)
+        return read_secret(file)
     if key := env.get("LLMOS_API_KEY"):
         return check_credential(key, "LLMOS_API_KEY")
     if file := env.get("LLMOS_API_KEY_FILE"):
-        return _key_from(file)
+        return read_secret(file)
     return None
 
 
-def _key_from(file: StrPath) -> str:
+def read_secret(file: StrPath) -> str:
+    """The one word that the file holds. Raises ConfigurationError."""
     content = _read(file, MAX_SECRET_FILE_BYTES)
     return check_credential(content.decode("utf-8", errors="replace"), f"the file {os.fspath(file)}")
 

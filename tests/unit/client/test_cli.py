@@ -4,12 +4,8 @@ from __future__ import annotations
 
 import json
 import os
-import pty
-import select
-import signal
 import subprocess
 import sys
-import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -20,6 +16,7 @@ from typer.testing import CliRunner
 
 from tests.framework import scripted_gateway as script
 from tests.framework.scripted_gateway import Fail, Hang, ScriptedGateway, answer, delta, started
+from tests.framework.terminals import Terminal
 
 COMMAND = [sys.executable, "-m", "llmos_client.cli"]
 DEADLINE_S = 20.0
@@ -35,60 +32,6 @@ def gateway() -> Iterator[ScriptedGateway]:
 def environment(gateway: ScriptedGateway) -> dict[str, str]:
     own = {name: value for name, value in os.environ.items() if not name.startswith("LLMOS_")}
     return own | {"LLMOS_TARGET": gateway.target, "LLMOS_MODEL": "echo", "TERM": "dumb", "COLUMNS": "200"}
-
-
-class Terminal:
-    """A process on a terminal of its own."""
-
-    def __init__(self, arguments: list[str], environment: dict[str, str], folder: Path) -> None:
-        self._ours, theirs = pty.openpty()
-        self.process = subprocess.Popen(
-            [*COMMAND, *arguments], stdin=theirs, stdout=theirs, stderr=theirs, env=environment, cwd=folder
-        )
-        os.close(theirs)
-        self.shown = ""
-        self._seen = 0
-
-    def expect(self, text: str) -> None:
-        """Waits until `text` is shown after what was expected before."""
-        end_s = time.monotonic() + DEADLINE_S
-        while (place := self.shown.find(text, self._seen)) < 0:
-            left_s = end_s - time.monotonic()
-            readable, _, _ = select.select([self._ours], [], [], max(0.0, left_s))
-            assert readable, f"{text!r} was not shown, but: {self.shown[self._seen :]!r}"
-            self.shown += os.read(self._ours, 65536).decode()
-        self._seen = place + len(text)
-
-    def type(self, text: str) -> None:
-        os.write(self._ours, text.encode())
-
-    def interrupt(self) -> None:
-        self.process.send_signal(signal.SIGINT)
-
-    def interrupt_the_prompt(self) -> int:
-        """Presses Ctrl-C until the process ends; returns its exit code.
-
-        CPython's readline loses a signal that comes after the prompt is shown and before it begins to wait:
-        a person does not hit that moment, and would press again.
-        """
-        for _ in range(10):
-            self.interrupt()
-            try:
-                return self.process.wait(2)
-            except subprocess.TimeoutExpired:
-                continue
-        raise AssertionError(f"Ctrl-C at the prompt does not end it: {self.shown[self._seen :]!r}")
-
-    def exit_code(self) -> int:
-        return self.process.wait(DEADLINE_S)
-
-    def __enter__(self) -> Terminal:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.process.kill()
-        self.process.wait(DEADLINE_S)
-        os.close(self._ours)
 
 
 class Llmos:
@@ -267,7 +210,7 @@ def test_a_closed_pipe_is_quiet(gateway: ScriptedGateway, llmos: Llmos) -> None:
 
 def test_ctrl_c_ends_one_question_with_130(gateway: ScriptedGateway, llmos: Llmos) -> None:
     gateway.will(started(), delta(1, "begun"), Hang)
-    with Terminal(["chat", "q"], llmos.environment, llmos.folder) as screen:
+    with Terminal([*COMMAND, "chat", "q"], llmos.environment, llmos.folder) as screen:
         screen.expect("begun")
         screen.interrupt()
         assert screen.exit_code() == 130
@@ -282,7 +225,7 @@ def test_ctrl_c_in_a_conversation_ends_the_answer_then_the_chat(
     gateway.will(started(), delta(1, "begun"), Hang)
     gateway.will(*answer("se", "cond"))
     gateway.will(Fail(grpc.StatusCode.RESOURCE_EXHAUSTED, "OVERLOADED", retry_after_s=2))
-    with Terminal(["chat", "--system", "be kind"], llmos.environment, llmos.folder) as screen:
+    with Terminal([*COMMAND, "chat", "--system", "be kind"], llmos.environment, llmos.folder) as screen:
         screen.expect("> ")
         screen.type("one\n")
         screen.expect("begun")
@@ -308,7 +251,7 @@ def test_leaving_a_conversation(gateway: ScriptedGateway, llmos: Llmos) -> None:
         gateway.will(*answer("a", "\x1b]0;evil\x07"))
         gateway.will(*answer("b"))
         first = len(gateway.calls)
-        with Terminal(["chat"], llmos.environment, llmos.folder) as screen:
+        with Terminal([*COMMAND, "chat"], llmos.environment, llmos.folder) as screen:
             screen.expect("> ")
             screen.type("one\n")
             screen.expect("evil")
@@ -326,7 +269,7 @@ def test_leaving_a_conversation(gateway: ScriptedGateway, llmos: Llmos) -> None:
 
 def test_ctrl_c_ends_a_tail_quietly(gateway: ScriptedGateway, llmos: Llmos) -> None:
     gateway.will(script.tailed(1), Hang)
-    with Terminal(["audit", "tail"], llmos.environment, llmos.folder) as screen:
+    with Terminal([*COMMAND, "audit", "tail"], llmos.environment, llmos.folder) as screen:
         screen.expect("REQUEST")
         screen.expect("req_1")
         screen.interrupt()

@@ -3,6 +3,7 @@
 - `chat`: a conversation in the terminal, or one question and its answer
 - `models`: what there is to talk to
 - `audit tail`, `audit search`: what the audit log knows
+- `jobs …`: requests that run later, and what was given up
 - `admin …`: tenants, clients, keys, roles and the rest, one by one or as a file
 - `quantize`: a model folder of quantised blocks, by the inference service's own command
 

@@ -16,7 +16,7 @@ from llmos_client.admin_calls import GENERATE
 from llmos_client.admin_types import Resource, ResourceKind
 from llmos_client.cli import kinds, terminal
 from llmos_client.cli.commands import Client, connected
-from llmos_client.cli.kinds import Id, Json, Kind
+from llmos_client.cli.kinds import Id, Json, Kind, Labels
 from llmos_client.cli.secrets import Keeper, SecretFile
 
 Cut = Annotated[bool, typer.Option("--cut-streams", help="Also end the streams that run with it.")]
@@ -197,9 +197,7 @@ async def explain(
         datetime | None, typer.Option("--time", help="When; otherwise now.", show_default=False)
     ] = None,
     max_tokens: Annotated[int, typer.Option(min=0, help="How many tokens it asks for.")] = 0,
-    labels: Annotated[
-        list[str] | None, typer.Option("--label", metavar="NAME=VALUE", help="A label.", show_default=False)
-    ] = None,
+    labels: Labels = None,
 ) -> None:
     """Say what policy decides for a request, and by which rule. Nothing is done."""
     if bool(client_id) == bool(api_key):
@@ -213,17 +211,10 @@ async def explain(
         address=address,
         time=at.astimezone() if at is not None else None,
         max_tokens=max_tokens,
-        labels=dict(_pair(label) for label in labels or ()),
+        labels=kinds.labels(labels),
     )
     verdict = "allowed" if found.allowed else "denied"
     terminal.write(f"{verdict} by {found.rule}: {found.explanation}\n")
-
-
-def _pair(label: str) -> tuple[str, str]:
-    name, equals, value = label.partition("=")
-    if not equals:
-        raise typer.BadParameter(f"{label!r} must be NAME=VALUE", param_hint="--label")
-    return name, value
 
 
 def _change_cells(change: pb.ResourceChange) -> tuple[str, ...]:

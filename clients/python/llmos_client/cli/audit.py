@@ -3,17 +3,15 @@
 from __future__ import annotations
 
 import json
-import re
 import sys
 from collections.abc import Iterable
-from datetime import UTC, datetime, timedelta
 from typing import Annotated
 
 import typer
 from google.protobuf.json_format import MessageToDict
 
 from llmos_client.audit_types import AuditFilter, AuditRecord, Outcome
-from llmos_client.cli import connection, terminal
+from llmos_client.cli import connection, terminal, times
 
 RequestId = Annotated[str, typer.Option("--request-id", help="Only this request.", show_default=False)]
 ClientId = Annotated[str, typer.Option("--client", help="Only requests of this client.", show_default=False)]
@@ -22,7 +20,6 @@ Json = Annotated[bool, typer.Option("--json", help="One JSON object a line, with
 
 HEADERS = ("RECEIVED", "OUTCOME", "METHOD", "MODEL", "TOKENS", "SECONDS", "CLIENT", "REQUEST")
 _WIDTHS = (24, 10, 16, 24, 9, 8, 20, 0)
-_UNITS = {"s": "seconds", "m": "minutes", "h": "hours", "d": "days"}
 
 
 def tail(
@@ -92,13 +89,12 @@ def search(
     allow_plaintext: connection.AllowPlaintext = False,
 ) -> None:
     """Find requests in the audit log, newest first."""
-    now = datetime.now(UTC)
     wanted = AuditFilter(
         request_id=request_id,
         client_id=client_id,
         outcome=outcome,
-        since=_moment("--since", since, now),
-        until=_moment("--until", until, now),
+        since=times.ago("--since", since),
+        until=times.ago("--until", until),
         open_only=open_only,
     )
 
@@ -121,26 +117,11 @@ def search(
     terminal.run(work)
 
 
-def _moment(option: str, text: str | None, now: datetime) -> datetime | None:
-    if text is None:
-        return None
-    if age := re.fullmatch(r"(\d{1,6})([smhd])", text):
-        return now - timedelta(**{_UNITS[age[2]]: int(age[1])})
-    try:
-        moment = datetime.fromisoformat(text)
-    except ValueError:
-        raise typer.BadParameter(
-            f"{text!r} is neither a time such as 2026-11-22T05:03:00Z nor an age such as 10m",
-            param_hint=option,
-        ) from None
-    return moment if moment.tzinfo else moment.astimezone()
-
-
 def _cells(record: AuditRecord) -> tuple[str, ...]:
-    received, duration_s = record.receive_time, record.duration_s
+    duration_s = record.duration_s
     outcome = str(record.outcome) if record.outcome else "running"
     return (
-        received.strftime("%Y-%m-%dT%H:%M:%S.") + f"{received.microsecond // 1000:03d}Z" if received else "-",
+        times.shown(record.receive_time),
         f"{outcome} ({record.error_reason})" if record.error_reason else outcome,
         record.method.rpartition("/")[2] or "-",
         record.model or "-",

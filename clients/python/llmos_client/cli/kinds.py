@@ -39,6 +39,23 @@ Kind = Annotated[
 Id = Annotated[str, typer.Argument(metavar="ID", help="Its id.")]
 Json = Annotated[bool, typer.Option("--json", help="One JSON object a line, with all that is known.")]
 
+Labels = Annotated[
+    list[str] | None,
+    typer.Option("--label", metavar="NAME=VALUE", help="A label. May be repeated.", show_default=False),
+]
+
+
+def labels(given: Sequence[str] | None) -> dict[str, str]:
+    """Of `NAME=VALUE`s."""
+    found: dict[str, str] = {}
+    for label in given or ():
+        name, equals, value = label.partition("=")
+        if not equals:
+            raise typer.BadParameter(f"{label!r} must be NAME=VALUE", param_hint="--label")
+        found[name] = value
+    return found
+
+
 Columns = Mapping[str, Callable[[Any], str]]
 
 
