@@ -8,7 +8,6 @@ from llmos.gateway.v1 import (
     embedding_service_pb2,
     embedding_service_pb2_grpc,
     generation_service_pb2_grpc,
-    job_service_pb2,
     job_service_pb2_grpc,
     model_service_pb2_grpc,
     policy_service_pb2_grpc,
@@ -147,7 +146,9 @@ async def build(settings: GatewaySettings, clock: Clock) -> App:
         running=running,
         authenticator=GatewayAuthenticator(verifier, keys, spool, slowdown),
         open_methods=OPEN_METHODS,
-        watch_methods=frozenset({"/llmos.logging.v1.AuditService/Tail"}),
+        watch_methods=frozenset(
+            {"/llmos.logging.v1.AuditService/Tail", "/llmos.gateway.v1.JobService/WatchJob"}
+        ),
         max_call_s=settings.max_call_s,
         adopt_request_id=False,
     ).links
@@ -223,7 +224,7 @@ async def build(settings: GatewaySettings, clock: Clock) -> App:
         max_prompt_bytes=settings.max_prompt_bytes,
         max_messages=settings.max_messages,
     )
-    jobs = build_jobs(settings)
+    jobs = build_jobs(settings, clock, log=log, spool=spool, parser=parser, authorisation=authorisation)
 
     # The two edges.
     server = GrpcServer(
@@ -231,7 +232,7 @@ async def build(settings: GatewaySettings, clock: Clock) -> App:
     )
     await server.add(
         generation_service_pb2_grpc.add_GenerationServiceServicer_to_server,
-        GenerationServicer(parser, completions),
+        GenerationServicer(parser, completions, jobs.parser, jobs.retries),
         "llmos.gateway.v1.GenerationService",
     )
     await server.add(
@@ -260,6 +261,11 @@ async def build(settings: GatewaySettings, clock: Clock) -> App:
         TokenServicer(auth_tokens, outcomes),
         "llmos.auth.v1.TokenService",
     )
+    await server.add(
+        job_service_pb2_grpc.add_JobServiceServicer_to_server,
+        jobs.servicer,
+        "llmos.gateway.v1.JobService",
+    )
     await add_pending(server)
     oauth = OAuthRoutes(
         chain=chain,
@@ -275,6 +281,8 @@ async def build(settings: GatewaySettings, clock: Clock) -> App:
         parser=parser,
         completions=completions,
         models=models,
+        jobs=jobs.parser,
+        retries=jobs.retries,
         health=health,
         clock=clock,
         max_body_bytes=settings.http_max_body_bytes,
@@ -351,11 +359,6 @@ async def add_pending(server: GrpcServer) -> None:
             task_service_pb2_grpc.add_TaskServiceServicer_to_server,
             task_service_pb2_grpc.TaskServiceServicer,
             task_service_pb2.DESCRIPTOR.services_by_name["TaskService"],
-        ),
-        (
-            job_service_pb2_grpc.add_JobServiceServicer_to_server,
-            job_service_pb2_grpc.JobServiceServicer,
-            job_service_pb2.DESCRIPTOR.services_by_name["JobService"],
         ),
     ):
         await server.add(register, pending(base, _methods(service)), service.full_name)

@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Awaitable, Callable, Mapping, Sequence
 from contextlib import aclosing
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, Protocol
 
 import msgspec
@@ -25,6 +26,8 @@ from services.gateway.completion import Completions
 from services.gateway.generation import Delta, Finished, Generation, Started, ValidGeneration
 from services.gateway.http_endpoint import Endpoint
 from services.gateway.http_exchange import Exchange, Receive, Scope, Send
+from services.gateway.jobs.request import RETRY_HEADER, JobParser, retry_policy_of_header
+from services.gateway.jobs.retries import Retries
 from services.gateway.models import Models
 from services.gateway.openai import (
     answers,
@@ -104,6 +107,8 @@ class HttpEdge:
         parser: RequestParser,
         completions: Completions,
         models: Models,
+        jobs: JobParser,
+        retries: Retries,
         health: Health,
         clock: Clock,
         max_body_bytes: int,
@@ -114,6 +119,8 @@ class HttpEdge:
         self._parser = parser
         self._completions = completions
         self._models = models
+        self._jobs = jobs
+        self._retries = retries
         self._health = health
         self._clock = clock
         self._max_body_bytes = max_body_bytes
@@ -194,12 +201,16 @@ class HttpEdge:
         body = face.parse(await exchange.json(self._max_body_bytes))
         exchange.parameter = body.parameter
         record.method = STREAM_GENERATE if body.stream else GENERATE
-        request = self._parser.generation(to_message(body))
+        message = to_message(body)
+        request = self._parser.generation(message)
+        policy = retry_policy_of_header(exchange.headers.get(RETRY_HEADER), streams=body.stream)
         exchange.watch()
         if body.stream:
             await self._stream(exchange, record, face, body, request)
             return
-        generation: Generation = await self._completions.generate(record, request)
+        retry = self._jobs.retry(message.spec, request, record.source_address, policy)
+        generate = partial(self._completions.generate, record, request)
+        generation: Generation = await self._retries.around(record, retry, generate)
         created_s = int(self._clock.now().timestamp())
         await exchange.respond(200, face.answer(body, generation, created_s=created_s))
 

@@ -147,10 +147,7 @@ def _unoffered(
 ) -> Iterable[str]:
     if message.idempotency_key:
         yield "idempotency_key"
-    if isinstance(message, generation_service_pb2.GenerateRequest):
-        if message.HasField("retry_on_failure"):
-            yield "retry_on_failure"
-    elif message.resumable:
+    if isinstance(message, generation_service_pb2.StreamGenerateRequest) and message.resumable:
         yield "resumable"
     spec = message.spec
     if spec.tools:

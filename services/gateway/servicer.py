@@ -7,6 +7,7 @@ from collections.abc import AsyncIterator
 from contextlib import aclosing
 from datetime import datetime, timedelta
 from enum import IntEnum
+from functools import partial
 from typing import Any
 
 import grpc
@@ -38,6 +39,8 @@ from services.gateway.generation import (
     TokenLogprob,
     Usage,
 )
+from services.gateway.jobs.request import JobParser, retry_policy
+from services.gateway.jobs.retries import Retries
 from services.gateway.limits.guard import Left
 from services.gateway.models import Models
 from services.gateway.policy_view import EffectivePolicy, PolicyView
@@ -50,15 +53,21 @@ Context = grpc.aio.ServicerContext[Any, Any]
 class GenerationServicer(generation_service_pb2_grpc.GenerationServiceServicer):
     """llmos.gateway.v1.GenerationService"""
 
-    def __init__(self, parser: RequestParser, completions: Completions) -> None:
+    def __init__(
+        self, parser: RequestParser, completions: Completions, jobs: JobParser, retries: Retries
+    ) -> None:
         self._parser = parser
         self._completions = completions
+        self._jobs = jobs
+        self._retries = retries
 
     async def Generate(
         self, request: generation_service_pb2.GenerateRequest, context: Context
     ) -> generation_service_pb2.GenerateResponse:
-        valid = self._parser.generation(request)
-        return _answer(await self._completions.generate(current_record(), valid))
+        record, valid = current_record(), self._parser.generation(request)
+        retry = self._jobs.retry(request.spec, valid, record.source_address, retry_policy(request))
+        generate = partial(self._completions.generate, record, valid)
+        return _answer(await self._retries.around(record, retry, generate))
 
     async def StreamGenerate(
         self, request: generation_service_pb2.StreamGenerateRequest, context: Context

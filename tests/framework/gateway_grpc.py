@@ -7,7 +7,12 @@ from contextlib import asynccontextmanager
 from pathlib import Path
 
 import grpc
-from llmos.gateway.v1 import generation_service_pb2_grpc, model_service_pb2_grpc, policy_service_pb2_grpc
+from llmos.gateway.v1 import (
+    generation_service_pb2_grpc,
+    job_service_pb2_grpc,
+    model_service_pb2_grpc,
+    policy_service_pb2_grpc,
+)
 
 from services.gateway.app import add_pending
 from services.gateway.policy_view import PolicyView
@@ -19,12 +24,15 @@ from services.mesh.server import GrpcServer
 from services.mesh.source_address import TrustedProxies
 from tests.framework.gateway_fakes import MAX_TOKENS_LIMIT, Bench
 from tests.framework.gateway_http import KEY, chain_of
+from tests.framework.gateway_jobs import JobBench
 
 AUTH = (("authorization", f"Bearer {KEY}"),)
 
 
 @asynccontextmanager
-async def serving(bench: Bench, folder: Path, *, max_call_s: float = 30) -> AsyncIterator[grpc.aio.Channel]:
+async def serving(
+    bench: Bench, folder: Path, *, max_call_s: float = 30, jobs: JobBench | None = None
+) -> AsyncIterator[grpc.aio.Channel]:
     """A channel to a running edge."""
     settings = GatewaySettings(
         grpc_port=0, metrics_port=0, http_port=0, state_dir=folder, service_secret_file=folder / "secret"
@@ -40,9 +48,10 @@ async def serving(bench: Bench, folder: Path, *, max_call_s: float = 30) -> Asyn
         proxies=TrustedProxies(bench.proxies),
     )
     parser = RequestParser(max_tokens_limit=MAX_TOKENS_LIMIT)
+    built = (jobs or JobBench(bench)).jobs
     await server.add(
         generation_service_pb2_grpc.add_GenerationServiceServicer_to_server,
-        GenerationServicer(parser, bench.completions),
+        GenerationServicer(parser, bench.completions, built.parser, built.retries),
         "llmos.gateway.v1.GenerationService",
     )
     await server.add(
@@ -62,6 +71,11 @@ async def serving(bench: Bench, folder: Path, *, max_call_s: float = 30) -> Asyn
         policy_service_pb2_grpc.add_PolicyServiceServicer_to_server,
         PolicyServicer(view),
         "llmos.gateway.v1.PolicyService",
+    )
+    await server.add(
+        job_service_pb2_grpc.add_JobServiceServicer_to_server,
+        built.servicer,
+        "llmos.gateway.v1.JobService",
     )
     await add_pending(server)
     await server.start()

@@ -24,6 +24,7 @@ from services.mesh.source_address import TrustedProxies
 from services.mesh.tls import TlsFiles
 from services.mesh.tokens import bearer
 from tests.framework.gateway_fakes import KEY, Bench
+from tests.framework.gateway_jobs import JobBench
 from tests.framework.oauth_fakes import FakeTokens
 
 LIMITS = HttpLimits(
@@ -98,6 +99,7 @@ async def serving(
     max_tokens_limit: int = 4096,
     tokens: TokensPort | None = None,
     cors_origins: frozenset[str] = frozenset(),
+    jobs: JobBench | None = None,
 ) -> AsyncIterator[HttpBench]:
     running = bench.running
     health = Health()
@@ -110,11 +112,14 @@ async def serving(
         issuer=ISSUER,
         public_url=PUBLIC_URL,
     )
+    built = (jobs or JobBench(bench)).jobs
     edge = HttpEdge(
         chain=chain,
         parser=RequestParser(max_tokens_limit=max_tokens_limit),
         completions=bench.completions,
         models=bench.models,
+        jobs=built.parser,
+        retries=built.retries,
         health=health,
         clock=bench.clock,
         max_body_bytes=MAX_BODY_BYTES,

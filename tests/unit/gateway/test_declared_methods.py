@@ -17,6 +17,7 @@ from services.mesh.policy import SCOPES
 from tests.framework.access_matrix import ROUTES, descriptor_of
 from tests.framework.gateway_fakes import Bench, FakeReplica
 from tests.framework.gateway_http import chain_of
+from tests.framework.gateway_jobs import JobBench
 
 PROTOS = Path(__file__).parents[3] / "protos" / "llmos"
 INTERNAL = {
@@ -54,11 +55,14 @@ def test_r26_each_route_stands_in_the_access_matrix() -> None:
     bench, clock = Bench([FakeReplica()]), SystemClock()
     chain = chain_of(bench)
     oauth = OAuthRoutes(chain=chain, tokens=None, outcomes=None, clock=clock, issuer="https://i")  # type: ignore[arg-type]
+    built = JobBench(bench).jobs
     app = HttpEdge(
         chain=chain,
         parser=RequestParser(max_tokens_limit=1),
         completions=bench.completions,
         models=bench.models,
+        jobs=built.parser,
+        retries=built.retries,
         health=Health(),
         clock=clock,
         max_body_bytes=1,

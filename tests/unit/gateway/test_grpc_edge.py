@@ -7,7 +7,6 @@ from pathlib import Path
 
 import grpc
 import pytest
-from google.protobuf.duration_pb2 import Duration
 from llmos.common.v1 import finish_reason_pb2
 from llmos.gateway.v1 import (
     generation_pb2,
@@ -27,7 +26,6 @@ from tests.framework.gateway_grpc import AUTH, serving
 from tests.framework.waiting import eventually
 
 TIMEOUT_S = 5
-RETRY = generation_service_pb2.RetryOnFailure(max_attempts=2, give_up_after=Duration(seconds=1))
 STARTED = EngineStarted("rev-1", 7, "replica-0")
 
 
@@ -87,7 +85,6 @@ async def test_models_and_counting(tmp_path: Path) -> None:
     ("field", "value"),
     [
         ("idempotency_key", "k"),
-        ("retry_on_failure", RETRY),
     ],
 )
 async def test_what_is_not_offered_is_named(field: str, value: object, tmp_path: Path) -> None:

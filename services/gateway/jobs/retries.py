@@ -1,0 +1,72 @@
+"""A request whose caller asked for it goes on as a job where it fails for a passing reason."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Awaitable, Callable
+from dataclasses import dataclass
+from typing import TypeVar
+
+from services.gateway.auditing import RequestRecord
+from services.gateway.jobs.ports import JobSpool, Seals
+from services.gateway.jobs.submission import Submissions, new_job_id
+from services.gateway.jobs.work import RetryPolicy, ValidSubmission, ValidWork
+from services.mesh.errors import LlmosError
+from services.mesh.jobs import RetryRequested
+
+logger = logging.getLogger(__name__)
+
+T = TypeVar("T")
+JOB_ID_KEY = "x-llmos-job-id"
+"""A header on HTTP, trailing metadata on gRPC; the error's metadata has it as `job_id`."""
+
+
+@dataclass(frozen=True, slots=True)
+class Retry:
+    """A request that goes on as a job where it fails."""
+
+    work: ValidWork
+    policy: RetryPolicy
+
+
+class Retries:
+    """Makes the jobs."""
+
+    def __init__(self, submissions: Submissions, spool: JobSpool, seals: Seals) -> None:
+        self._submissions = submissions
+        self._spool = spool
+        self._seals = seals
+
+    async def around(self, record: RequestRecord, retry: Retry | None, work: Callable[[], Awaitable[T]]) -> T:
+        """What the work gives. Its error names the job where it goes on as one. Raises StateConflict where
+        that is asked for, and this deployment offers no jobs."""
+        if retry is None:
+            return await work()
+        self._seals.keyed_hash(record.identity.tenant_id, "probe", b"")
+        try:
+            return await work()
+        except LlmosError as error:
+            await self._go_on(record, retry, error)
+            raise
+
+    async def _go_on(self, record: RequestRecord, retry: Retry, error: LlmosError) -> None:
+        """Names the job in the error, once it is on the disk. An error that does not pass stays as it is; so
+        does one where the job cannot be kept: the caller is told of the failure alone."""
+        if not error.retryable:
+            return
+        submission = ValidSubmission(
+            work=retry.work,
+            content=retry.work.payload,
+            max_attempts=retry.policy.max_attempts,
+            give_up_after_s=retry.policy.give_up_after_s,
+            labels=record.labels,
+        )
+        try:
+            job = self._submissions.sealed(record.identity, submission, new_job_id())
+            await self._spool.append_job(RetryRequested(job, record.request_id, error.reason, attempts=1))
+        except LlmosError as failure:
+            logger.warning("%s does not go on as a job: %s", record.request_id, failure.message)
+            return
+        error.metadata["job_id"] = job.job_id
+        record.response_metadata[JOB_ID_KEY] = job.job_id
+        error.hint = f"The request goes on as the job {job.job_id}: do not repeat it."
