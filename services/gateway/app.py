@@ -26,7 +26,7 @@ from services.gateway.cache.answers import AnswerCache
 from services.gateway.cache.memory import MemoryCache
 from services.gateway.cache.ports import ResponseCache
 from services.gateway.cache.redis_cache import RedisCache
-from services.gateway.clients import GrpcAuditLog, GrpcAuth, GrpcInference
+from services.gateway.clients import GrpcAuditLog, GrpcAuth, GrpcInference, GrpcRenewal
 from services.gateway.completion import Completions
 from services.gateway.cutting import RunningCredentials
 from services.gateway.first_replica import FIRST_REPLICA, FirstReplica
@@ -34,6 +34,9 @@ from services.gateway.http import HttpEdge
 from services.gateway.http_cors import Cors
 from services.gateway.http_server import HttpLimits, HttpServer
 from services.gateway.jobs.assembly import build_jobs
+from services.gateway.jobs.working.assembly import build_worker
+from services.gateway.jobs.working.identities import RenewedIdentities
+from services.gateway.jobs.working.request import SealedPayloads
 from services.gateway.keys import KeyRing
 from services.gateway.limits.guard import Limits
 from services.gateway.limits.memory import MemoryLimiter
@@ -183,6 +186,7 @@ async def build(settings: GatewaySettings, clock: Clock) -> App:
             tenant_share=settings.tenant_share,
             key_share=settings.key_share,
             batch_ageing_s=settings.batch_ageing_s,
+            batch_share=settings.batch_share,
         ),
         router.capacity,
         clock,
@@ -225,6 +229,19 @@ async def build(settings: GatewaySettings, clock: Clock) -> App:
         max_messages=settings.max_messages,
     )
     jobs = build_jobs(settings, clock, log=log, spool=spool, parser=parser, authorisation=authorisation)
+    worker = build_worker(
+        settings,
+        clock,
+        links=chain.links,
+        health=health,
+        identities=RenewedIdentities(GrpcRenewal(auth), verifier, revoked, clock),
+        completions=completions,
+        admission=admission,
+        router=router,
+        schedule=jobs.schedule,
+        seals=jobs.seals,
+        payloads=SealedPayloads(parser),
+    )
 
     # The two edges.
     server = GrpcServer(
@@ -330,6 +347,7 @@ async def build(settings: GatewaySettings, clock: Clock) -> App:
             router,
             FirstReplica(router, health, clock),
             *jobs.components,
+            *worker,
         ),
         edges=(http,),
     )

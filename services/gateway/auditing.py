@@ -53,7 +53,7 @@ _REFUSALS = frozenset(
         Status.UNIMPLEMENTED,
     }
 )
-_EDGES = {"grpc": Edge.GRPC, "http": Edge.HTTP}
+_EDGES = {"grpc": Edge.GRPC, "http": Edge.HTTP, "job": Edge.JOB}
 
 
 class RequestRecord:

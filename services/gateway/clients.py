@@ -11,6 +11,7 @@ from typing import Any
 import grpc
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 from llmos.auth.v1 import token_service_pb2, token_service_pb2_grpc
+from llmos.common.v1 import identity_pb2
 from llmos.gateway.v1 import generation_pb2, model_service_pb2
 from llmos.inference.v1 import (
     fleet_service_pb2,
@@ -37,7 +38,8 @@ from services.gateway.generation import (
     ValidPrompt,
 )
 from services.mesh.channel import Channel
-from services.mesh.errors import DependencyUnavailable, ReplicaLost
+from services.mesh.context import Identity
+from services.mesh.errors import DeadlineExceeded, DependencyUnavailable, ReplicaLost
 
 _SAMPLING = (
     *("temperature", "top_p", "top_k", "min_p"),
@@ -55,6 +57,32 @@ class GrpcAuth:
     async def exchange(self, api_key: str) -> str:
         request = token_service_pb2.VerifyApiKeyRequest(api_key=api_key)
         response = await self._stub.VerifyApiKey(request, timeout=self._timeout_s)
+        token: str = response.access_token.token
+        return token
+
+
+class GrpcRenewal:
+    """A `RenewalPort`."""
+
+    def __init__(self, channel: Channel, *, timeout_s: float = 5.0) -> None:
+        self._stub = token_service_pb2_grpc.TokenServiceStub(channel)
+        self._timeout_s = timeout_s
+
+    async def renew(self, identity: Identity) -> str:
+        message = identity_pb2.Identity(
+            tenant_id=identity.tenant_id,
+            client_id=identity.client_id,
+            key_id=identity.key_id,
+            scopes=sorted(identity.scopes),
+            roles=sorted(identity.roles),
+            token_id=identity.token_id,
+        )
+        message.issue_time.seconds = identity.issued_at_s
+        request = token_service_pb2.RenewIdentityRequest(identity=message)
+        try:
+            response = await self._stub.RenewIdentity(request, timeout=self._timeout_s)
+        except DeadlineExceeded as error:
+            raise DependencyUnavailable("Auth does not answer.") from error
         token: str = response.access_token.token
         return token
 

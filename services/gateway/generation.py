@@ -134,10 +134,13 @@ class ValidGeneration:
     ignore_eos: bool = False
     end_user: str = ""
     labels: Mapping[str, str] = field(default_factory=dict)
+    is_job: bool = False
+    """Nobody waits for it, whatever its labels say."""
 
     @property
     def priority(self) -> Priority:
-        return Priority.BATCH if self.labels.get(PRIORITY_LABEL) == "batch" else Priority.INTERACTIVE
+        is_batch = self.is_job or self.labels.get(PRIORITY_LABEL) == "batch"
+        return Priority.BATCH if is_batch else Priority.INTERACTIVE
 
 
 @dataclass(frozen=True, slots=True)

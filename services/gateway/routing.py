@@ -141,6 +141,10 @@ class Router:
             for found in (replica.models[model] for replica in serving or named)
         )
 
+    def names(self) -> set[str]:
+        """The models that healthy replicas have."""
+        return {name for replica in self._replicas if replica.healthy for name in replica.models}
+
     def capacity(self, model: str) -> int | None:
         """The sequences that all healthy replicas of the model together run at once; None where there is
         none."""

@@ -328,3 +328,8 @@ def _model(model: Model) -> model_service_pb2.Model:
     if model.create_time is not None:
         message.create_time.FromDatetime(model.create_time)
     return message
+
+
+def whole_answer(generation: Generation) -> generation_service_pb2.GenerateResponse:
+    """A whole answer as a message, also for what is no call: a job."""
+    return _answer(generation)

@@ -53,6 +53,9 @@ class GatewaySettings(KafkaSettings):
     """The same for one API key."""
     batch_ageing_s: PositiveSeconds = 5
     """Where interactive requests leave no place for batch, one of those is served so often all the same."""
+    batch_share: float = Field(default=0.875, gt=0, le=1)
+    """Of a model's places, what jobs and other batch may have; one at least is always left for interactive
+    requests, where the model has more than one."""
     max_tokens_limit: int = Field(default=4096, ge=1, le=1_048_576)
     """The most that a request may ask for, for each choice."""
     max_total_tokens: int = Field(default=0, ge=0)
@@ -113,8 +116,22 @@ class GatewaySettings(KafkaSettings):
     decrypt. The same for all gateways. Not set: no jobs."""
     max_jobs_per_tenant: int = Field(default=100_000, ge=1)
     """Jobs of one tenant that have not ended; more are refused."""
+    run_jobs: bool = True
+    """Whether this gateway runs jobs, where it has `payload_key_file`; one that does not takes them all the
+    same."""
+    jobs_concurrency: int = Field(default=0, ge=0, le=4096)
+    """Jobs that this gateway runs at once; 0: as many as `batch_share` lets the models have."""
+    job_lease_s: float = Field(default=15, ge=3, le=600)
+    """A gateway that is silent for so long loses the jobs that it runs to others."""
     webhook_allow_http: bool = False
     """Whether a webhook may be told without TLS."""
+    webhook_allowed_networks: Annotated[tuple[IPv4Network | IPv6Network, ...], NoDecode] = ()
+    """CIDR blocks, with commas, that webhooks may lead to although they are not public, such as
+    `10.2.0.0/16`."""
+    webhook_ca_file: Path | None = None
+    """Authorities to trust for webhooks besides those of the system; not set: those that httpx brings."""
+    webhook_timeout_s: PositiveSeconds = 10
+    """A webhook that has not answered within that time is told again later."""
 
     public_url: str = ""
     """Where clients find the HTTP edge, such as `https://api.example`; empty: at `issuer`. The metadata of
@@ -140,7 +157,13 @@ class GatewaySettings(KafkaSettings):
     """Origins of web pages that may call the HTTP edge from a browser, such as `https://chat.example`, with
     commas; `*` is every one. None: no page may."""
 
-    @field_validator("inference_targets", "trusted_proxies", "http_cors_origins", mode="before")
+    @field_validator(
+        "inference_targets",
+        "trusted_proxies",
+        "http_cors_origins",
+        "webhook_allowed_networks",
+        mode="before",
+    )
     @classmethod
     def _split(cls, value: object) -> object:
         if isinstance(value, str):

@@ -9,7 +9,7 @@ is begun.
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from enum import Enum
 from types import TracebackType
@@ -65,6 +65,17 @@ class AdmissionLimits:
     tenant_share: float = 1.0
     key_share: float = 1.0
     batch_ageing_s: float = 5.0
+    batch_share: float = 0.875
+
+
+@dataclass(frozen=True, slots=True)
+class BatchRoom:
+    """Places for batch, over several models."""
+
+    places: int = 0
+    """That batch may have."""
+    free: int = 0
+    """Those of them that somebody of batch would be given now."""
 
 
 class _State(Enum):
@@ -138,6 +149,22 @@ class Admission:
         """To be entered; entering it raises ConcurrencyLimit, Overloaded or DeadlineExceeded."""
         return Permit(self, claim)
 
+    def batch_room(self, models: Iterable[str]) -> BatchRoom:
+        """How much more of batch can begin at present."""
+        places = free = 0
+        for model in models:
+            capacity = self._capacity(model)
+            if capacity is None:
+                continue
+            most = self._batch_places(capacity)
+            places += most
+            pool = self._pools.get(model)
+            if pool is None:
+                free += most
+            elif not pool.waiting:
+                free += max(min(most - pool.taken_by_batch, capacity - pool.taken), 0)
+        return BatchRoom(places, free)
+
     def capacity_changed(self) -> None:
         """There are more places than before, or fewer: whoever can begin now, does."""
         for model in tuple(self._pools):
@@ -161,7 +188,7 @@ class Admission:
         if pool is None:
             pool = Pool(batch_ageing_s=limits.batch_ageing_s)
         self._take_shares(claim, capacity)
-        at_once = not pool.waiting and _fits(pool, claim, capacity)
+        at_once = pool.goes_first(claim) and self._fits(pool, claim, capacity)
         if not at_once:
             try:
                 self._check_queue(pool, claim, capacity)
@@ -206,6 +233,8 @@ class Admission:
             return
         if permit.state is _State.AT_WORK:
             pool.taken -= claim.sequences
+            if claim.priority is Priority.BATCH:
+                pool.taken_by_batch -= claim.sequences
             pool.place_s.add((self._clock.monotonic() - permit.begun_s) * claim.sequences)
             self.running -= 1
             self._out(permit)
@@ -261,12 +290,16 @@ class Admission:
                 self._pools.pop(model, None)
             return
         capacity, now_s = self._capacity(model), self._clock.monotonic()
-        while (permit := pool.head(now_s)) is not None:
+
+        def batch_may(claim: Claim) -> bool:
+            return self._has_share(pool, claim, capacity)
+
+        while (permit := pool.head(now_s, batch_may)) is not None:
             claim = permit.claim
             if now_s + pool.first_token_s.value >= claim.deadline_s:
                 self._shed(permit, pool, Reason.DEADLINE, TOO_LATE)
                 continue
-            if not _fits(pool, claim, capacity):
+            if not self._fits(pool, claim, capacity):
                 return
             pool.pop(permit, now_s)
             self._observer.queued(claim.priority, -1)
@@ -278,6 +311,8 @@ class Admission:
         permit.state = _State.AT_WORK
         permit.begun_s = now_s
         permit.pool.taken += permit.claim.sequences
+        if permit.claim.priority is Priority.BATCH:
+            permit.pool.taken_by_batch += permit.claim.sequences
         self.running += 1
 
     async def _expire(self, permit: Permit) -> None:
@@ -319,8 +354,21 @@ class Admission:
             retry_after_s=min(max(drained_s, RETRY_AFTER_MIN_S), RETRY_AFTER_MAX_S),
         )
 
+    def _fits(self, pool: Pool[Permit], claim: Claim, capacity: int | None) -> bool:
+        """Whether there is room. What is larger than all places together is let in alone: whether it can be
+        served is the replica's to say."""
+        if capacity is None or not pool.taken:
+            return True
+        return pool.taken + claim.sequences <= capacity and self._has_share(pool, claim, capacity)
 
-def _fits(pool: Pool[Permit], claim: Claim, capacity: int | None) -> bool:
-    """Whether there is room. What is larger than all places together is let in alone: whether it can be
-    served is the replica's to say."""
-    return capacity is None or not pool.taken or pool.taken + claim.sequences <= capacity
+    def _has_share(self, pool: Pool[Permit], claim: Claim, capacity: int | None) -> bool:
+        """Whether batch leaves the others what is theirs. What is larger than the whole share is let in where
+        nobody else of batch is at work."""
+        if capacity is None or claim.priority is Priority.INTERACTIVE or not pool.taken_by_batch:
+            return True
+        return pool.taken_by_batch + claim.sequences <= self._batch_places(capacity)
+
+    def _batch_places(self, capacity: int) -> int:
+        """Of a model that has one place only, batch may have that: interactive requests go first in the
+        queue. Else at least one is left for them."""
+        return max(min(int(capacity * self._limits.batch_share), capacity - 1), 1)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Generic
 
@@ -38,6 +39,8 @@ class Pool(Generic[E]):
         self._batch_served_s = 0.0
         self.taken = 0
         """Places of those at work."""
+        self.taken_by_batch = 0
+        """Those of them that batch has."""
         self.first_token_s = MovingMean()
         """From a place to the first token."""
         self.place_s = MovingMean()
@@ -47,16 +50,24 @@ class Pool(Generic[E]):
     def waiting(self) -> int:
         return len(self._interactive) + len(self._batch)
 
+    def goes_first(self, claim: Claim) -> bool:
+        """Whether nobody waits whom a newcomer would pass by. Batch that waits although there is a place has
+        no more of its own share, or else it would have it."""
+        return not self._interactive if claim.priority is Priority.INTERACTIVE else not self.waiting
+
     def push(self, entry: E, now_s: float) -> None:
         if entry.claim.priority is Priority.BATCH and not self._batch:
             self._batch_served_s = now_s
         self._queue(entry.claim).push(entry)
 
-    def head(self, now_s: float) -> E | None:
-        """Whose turn it is."""
+    def head(self, now_s: float, batch_may: Callable[[Claim], bool] = lambda _: True) -> E | None:
+        """Whose turn it is. Batch whose next one may not begin, however many places there are, lets the
+        others pass."""
         batch_is_due = now_s - self._batch_served_s >= self._batch_ageing_s
         if self._batch and (batch_is_due or not self._interactive):
-            return self._batch.head()
+            head = self._batch.head()
+            if not self._interactive or (head is not None and batch_may(head.claim)):
+                return head
         return self._interactive.head()
 
     def pop(self, entry: E, now_s: float) -> None:

@@ -27,11 +27,12 @@ def answer_key(tenant_id: str, request: ValidGeneration) -> bytes:
 
     The request is written out whole, with lengths and types, so a field that is added to it counts by itself.
     What cannot change the answer is taken out by name: a seed that was assigned (the request is greedy
-    then), the end user and the labels.
+    then), the end user, the labels, and whether it is a
+    job.
     """
     sampling = request.sampling
     if sampling.seed_is_assigned:
         sampling = replace(sampling, seed=0)
-    if sampling is not request.sampling or request.end_user or request.labels:
-        request = replace(request, sampling=sampling, end_user="", labels={})
+    if sampling is not request.sampling or request.end_user or request.labels or request.is_job:
+        request = replace(request, sampling=sampling, end_user="", labels={}, is_job=False)
     return hashlib.sha256(_encoder.encode((FORMAT, tenant_id, request))).digest()

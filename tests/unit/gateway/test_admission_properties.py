@@ -12,9 +12,13 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, pr
 
 from services.gateway.generation import Priority
 from services.mesh import errors
-from tests.framework.admissions import Restaurant
+from tests.framework.admissions import Guest, Restaurant
 
 EXPECTED = (errors.Overloaded, errors.ConcurrencyLimit, errors.DeadlineExceeded)
+
+
+def is_batch(guest: Guest) -> bool:
+    return guest.claim.priority is Priority.BATCH
 
 
 class AdmissionMachine(RuleBasedStateMachine):
@@ -24,6 +28,8 @@ class AdmissionMachine(RuleBasedStateMachine):
         super().__init__()
         self._loop = asyncio.new_event_loop()
         self.room = Restaurant()
+        self.settled = True
+        """Capacity has always been the same: nobody is at work who began under another."""
 
     def run(self, step: Coroutine[Any, Any, Any]) -> None:
         self._loop.run_until_complete(step)
@@ -76,6 +82,7 @@ class AdmissionMachine(RuleBasedStateMachine):
 
     @rule(capacity=st.one_of(st.none(), st.integers(1, 6)))
     def replicas_change(self, capacity: int | None) -> None:
+        self.settled = False
         self.run(self.room.set_capacity(capacity))
 
     @invariant()
@@ -91,7 +98,20 @@ class AdmissionMachine(RuleBasedStateMachine):
         assert capacity is not None
         assert self.room.at_work
         taken = sum(guest.claim.sequences for guest in self.room.at_work)
-        assert any(taken + guest.claim.sequences > capacity for guest in waiting)
+        by_batch = sum(guest.claim.sequences for guest in self.room.at_work if is_batch(guest))
+        most = max(min(int(capacity * self.room.limits.batch_share), capacity - 1), 1)
+        full = [guest for guest in waiting if taken + guest.claim.sequences > capacity]
+        share = [g for g in waiting if is_batch(g) and by_batch and by_batch + g.claim.sequences > most]
+        assert full or share
+        if not all(map(is_batch, waiting)):
+            # What keeps an interactive request waiting is never that batch has had its share.
+            assert any(guest not in share for guest in full)
+
+    @invariant()
+    def batch_leaves_a_place(self) -> None:
+        capacity, batch = self.room.capacity, list(filter(is_batch, self.room.at_work))
+        if self.settled and capacity is not None and capacity > 1 and len(batch) > 1:
+            assert sum(guest.claim.sequences for guest in batch) < capacity
 
     @invariant()
     def nobody_waits_past_its_time(self) -> None:

@@ -40,7 +40,9 @@ SAMPLINGS = st.builds(
     presence_penalty=NUMBERS,
     frequency_penalty=NUMBERS,
     repetition_penalty=NUMBERS,
-    logit_bias=st.lists(st.tuples(st.integers(0, 9), st.floats(-100, 100, width=32)), max_size=2).map(tuple),
+    logit_bias=st.lists(
+        st.tuples(st.integers(0, 9), st.floats(-100, 100, width=32).map(lambda bias: bias + 0.0)), max_size=2
+    ).map(tuple),
 )
 REQUESTS = st.builds(
     ValidGeneration,
@@ -55,7 +57,7 @@ REQUESTS = st.builds(
     top_logprobs=st.integers(0, 3),
     ignore_eos=st.booleans(),
 )
-WITHOUT_EFFECT = {"end_user", "labels"}
+WITHOUT_EFFECT = {"end_user", "labels", "is_job"}
 
 
 @settings(max_examples=150, deadline=None)

@@ -1,0 +1,52 @@
+"""How much work a gateway claims: no more than can begin at once."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+
+from services.gateway.admission.permits import Admission
+from services.gateway.jobs.working.ports import Attempt
+from services.mesh.jobs import JobKind
+
+BESIDE = 64
+"""Jobs that need no place at a model (webhooks, batches) may run beside, so many at a time."""
+PROBES = 4
+"""While no model can be reached, so many jobs are tried at a time: somebody has to notice that it is back,
+and webhooks must go out. The rest waits in the schedule, where an outage costs it no attempt."""
+
+
+@dataclass(frozen=True, slots=True)
+class Room:
+    """What may be claimed now."""
+
+    jobs: int
+    is_probe: bool = False
+    """No model can be reached at present."""
+
+
+class Places:
+    """Counts them. `most` is the deployment's limit on requests that run as jobs; 0: none but what models
+    leave to batch."""
+
+    def __init__(self, admission: Admission, models: Callable[[], Iterable[str]], *, most: int = 0) -> None:
+        self._admission = admission
+        self._models = models
+        self._most = most
+
+    def room(self, attempts: Iterable[Attempt]) -> Room:
+        """`attempts` are those at work."""
+        requests = beside = waiting = 0
+        for attempt in attempts:
+            if attempt.job.kind is JobKind.REQUEST:
+                requests += 1
+                waiting += attempt.waits
+            else:
+                beside += 1
+        if beside >= BESIDE:
+            return Room(0)
+        found = self._admission.batch_room(self._models())
+        if not found.places:
+            return Room(max(PROBES - requests, 0), is_probe=True)
+        most = min(self._most, found.places) if self._most else found.places
+        return Room(max(min(most - requests, found.free - waiting), 0))
