@@ -63,10 +63,10 @@ def encode(event: JobEvent, *, source: str, producer: str, time: datetime, event
         fill_job(envelope.job, event)
         envelope.type = events_pb2.JobRequested.DESCRIPTOR.full_name
     elif isinstance(event, RetryRequested):
-        _fill_retry(envelope.retry, event)
+        fill_retry(envelope.retry, event)
         envelope.type = events_pb2.RetryRequested.DESCRIPTOR.full_name
     else:
-        _fill_dead_letter(envelope.dead_letter, event)
+        fill_dead_letter(envelope.dead_letter, event)
         envelope.type = events_pb2.DeadLettered.DESCRIPTOR.full_name
     return envelope.SerializeToString()
 
@@ -82,12 +82,9 @@ def read(value: bytes) -> JobEventRead:
     if kind == "job":
         event = read_job(_valid(envelope.job))
     elif kind == "retry":
-        retry = _valid(envelope.retry)
-        event = RetryRequested(
-            read_job(retry.job), retry.request_id, reason_name(retry.error_reason), retry.attempts
-        )
+        event = read_retry(_valid(envelope.retry))
     elif kind == "dead_letter":
-        event = _read_dead_letter(_valid(envelope.dead_letter))
+        event = read_dead_letter(_valid(envelope.dead_letter))
     else:
         raise DataCorrupt("no event of a job that this version knows")
     return JobEventRead(envelope.producer, place, floor, event)
@@ -248,14 +245,23 @@ def _valid(message: M) -> M:
     return message
 
 
-def _fill_retry(message: events_pb2.RetryRequested, event: RetryRequested) -> None:
+def read_retry(message: events_pb2.RetryRequested) -> RetryRequested:
+    """A retry of a message that its rules were checked on. Raises DataCorrupt."""
+    return RetryRequested(
+        read_job(message.job), message.request_id, reason_name(message.error_reason), message.attempts
+    )
+
+
+def fill_retry(message: events_pb2.RetryRequested, event: RetryRequested) -> None:
+    """Writes a retry into an empty message."""
     fill_job(message.job, event.job)
     message.request_id = event.request_id
     message.error_reason = reason_number(event.error_reason)  # type: ignore[assignment]
     message.attempts = event.attempts
 
 
-def _fill_dead_letter(message: events_pb2.DeadLettered, event: DeadLettered) -> None:
+def fill_dead_letter(message: events_pb2.DeadLettered, event: DeadLettered) -> None:
+    """Writes a dead letter into an empty message."""
     message.job_id = event.job_id
     message.error_reason = reason_number(event.error_reason)  # type: ignore[assignment]
     message.detail = event.detail[:MAX_DETAIL]
@@ -270,7 +276,8 @@ def _fill_dead_letter(message: events_pb2.DeadLettered, event: DeadLettered) -> 
     message.offset = event.offset
 
 
-def _read_dead_letter(message: events_pb2.DeadLettered) -> DeadLettered:
+def read_dead_letter(message: events_pb2.DeadLettered) -> DeadLettered:
+    """A dead letter of a message that its rules were checked on. Raises DataCorrupt."""
     return DeadLettered(
         error_reason=reason_name(message.error_reason),
         detail=message.detail,

@@ -1,4 +1,4 @@
-"""The stores of auth: each test that takes `auth_store` runs on all of them."""
+"""The stores of auth and of the schedule: each test that takes one runs on all of them."""
 
 from __future__ import annotations
 
@@ -10,8 +10,11 @@ import pytest
 
 from services.auth.stores.memory import MemoryStore
 from services.auth.stores.opening import sqlite_store
+from services.logging.schedule.store import Bounds, ScheduleStore
 from tests.framework.auth_stores import StartedStore, StoresOf
 from tests.framework.postgres import PostgresServer
+from tests.framework.schedule_jobs import MakeStore, memory_store
+from tests.framework.schedule_jobs import sqlite_store as schedule_file
 
 
 @pytest.fixture(scope="session")
@@ -61,3 +64,21 @@ async def auth_store(request: pytest.FixtureRequest, auth_stores_of: StoresOf) -
     """Started, and empty."""
     (store,) = await auth_stores_of(request.param, 1)
     return store
+
+
+@pytest.fixture(params=["memory", "sqlite"])
+def make_schedule(request: pytest.FixtureRequest, tmp_path: Path) -> MakeStore:
+    """Makes one, which the test starts and stops."""
+
+    def make(bounds: Bounds) -> ScheduleStore:
+        return memory_store(bounds) if request.param == "memory" else schedule_file(tmp_path, bounds)
+
+    return make
+
+
+@pytest.fixture
+async def schedule(make_schedule: MakeStore) -> AsyncIterator[ScheduleStore]:
+    store = make_schedule(Bounds())
+    await store.start()
+    yield store
+    await store.stop()

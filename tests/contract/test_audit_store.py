@@ -20,7 +20,7 @@ from services.logging.store import (
     RecordFilter,
     RequestRecord,
 )
-from services.logging.stores import sqlite as sqlite_module
+from services.logging.stores import sqlite_file
 from services.logging.stores.memory import MemoryStore
 from services.logging.stores.sqlite import SqliteStore
 from services.mesh.audit_protocol import HeldEpoch, Place, ProducerReport
@@ -365,7 +365,7 @@ async def test_sqlite_stops_a_search_that_reads_too_much(
     await store.start()
     for start in range(1, 60_000, 5000):
         await take(store, *(intent(f"r{n}", (1, n)) for n in range(start, start + 5000)))
-    monkeypatch.setattr(sqlite_module, "MAX_READ_STEPS", 0)
+    monkeypatch.setattr(sqlite_file, "MAX_READ_STEPS", 0)
     with pytest.raises(Overloaded, match="reads too much"):
         await store.search(RecordFilter(client_id="nobody"), 10, None)
     assert len(await store.search(EVERYTHING, 10, None)) == 10

@@ -39,7 +39,7 @@ STALL_S = 5.0
 """A sweep that comes so late shows that this process stood still: it may not have heard those who beat."""
 MAX_CLAIM_WAIT_S = 10.0
 MAX_GET_WAIT_S = 5.0
-MAX_NAP_S = 1.0
+MIN_NAP_S, MAX_NAP_S = 0.01, 1.0
 """The wall clock, by which jobs fall due, may jump; waiting for it is cut into such pieces."""
 
 
@@ -119,7 +119,7 @@ class Schedule:
             if left_s <= 0:
                 return []
             if found.next_due_us is not None:
-                left_s = min(left_s, max((found.next_due_us - now_us) / 1e6, 0.0))
+                left_s = min(left_s, max((found.next_due_us - now_us) / 1e6, MIN_NAP_S))
             await self._wait(work, min(left_s, MAX_NAP_S))
 
     async def heartbeat(

@@ -242,7 +242,7 @@ class Transactions:
         """Keeps what a step did, and carries out its effects."""
         job = step.job
         if old is None:
-            rows.insert(job)
+            rows.insert(job, now_us)
         else:
             rows.update(old, job)
         if sealed is not None:

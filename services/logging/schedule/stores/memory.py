@@ -52,7 +52,7 @@ class MemoryRows:
     def is_known(self, job_id: str) -> bool:
         return job_id in self.jobs or job_id in self.remembered
 
-    def insert(self, job: Job) -> None:
+    def insert(self, job: Job, now_us: int) -> None:
         self._put(job)
 
     def update(self, old: Job, new: Job) -> None:
@@ -152,7 +152,7 @@ class MemoryRows:
 
     def live_of_batch(self, batch_id: str, limit: int) -> list[Job]:
         jobs = [j for j in self.live.values() if j.request.batch_id == batch_id and not j.cancel_asked]
-        return sorted(jobs, key=lambda job: job.job_id)[:limit]
+        return sorted(jobs, key=lambda job: (job.state, job.job_id))[:limit]
 
     def dead_letter(self, dead_letter_id: str) -> DeadLetter | None:
         letter = self.letters.get(dead_letter_id)
