@@ -144,7 +144,7 @@ class Submissions:
         self._seals.keyed_hash("", "probe", b"")
         record.begin()
         await record.committed()
-        batch_id = f"jobs_{random_bytes(16).hex()}"
+        batch_id = ""
         taken: dict[int, JobRequested] = {}
         refused: dict[int, LlmosError] = {}
         digests: dict[str, bytes] = {}
@@ -175,6 +175,7 @@ class Submissions:
                 if isinstance(each, LlmosError):
                     refused[index] = each
                 else:
+                    batch_id = batch_id or self._batch_id(record.identity, each)
                     await places.acquire()
                     group.create_task(one(index, each))
                 index += 1
@@ -247,6 +248,14 @@ class Submissions:
 
     def _digest(self, identity: Identity, submission: ValidSubmission) -> bytes:
         return self._seals.keyed_hash(identity.tenant_id, "digest", submission.content)
+
+    def _batch_id(self, identity: Identity, first: ValidSubmission) -> str:
+        """A function of the first job's idempotency key and the day, where it has one: a call that is
+        repeated with the same keys names the batch that its jobs belong to."""
+        if not first.idempotency_key:
+            return f"jobs_{random_bytes(16).hex()}"
+        text = f"{(self._clock.now() - _EPOCH).days} {first.idempotency_key}".encode()
+        return f"jobs_{self._seals.keyed_hash(identity.tenant_id, 'batch', text)[:16].hex()}"
 
     def _job_id(self, identity: Identity, key: str, day: int, times: int) -> str:
         text = f"{day} {times} {key}".encode()
