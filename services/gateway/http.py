@@ -218,6 +218,7 @@ class HttpEdge:
         self, exchange: Exchange, record: RequestRecord, face: Face, body: Any, request: ValidGeneration
     ) -> None:
         writer: Writer | None = None
+        gathers = False
         async with aclosing(self._completions.stream(record, request)) as events:
             async for event in events:
                 if isinstance(event, Started):
@@ -231,6 +232,10 @@ class HttpEdge:
                 elif isinstance(event, Delta):
                     if chunk := writer.delta(event):
                         await exchange.send(chunk)
+                        if not gathers:
+                            # The first token is not held back, nor is one that comes after a pause.
+                            gathers = True
+                            exchange.gather()
                 elif isinstance(event, Finished):
                     await exchange.end(writer.closing(event))
 

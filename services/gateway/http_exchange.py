@@ -180,6 +180,12 @@ class Exchange:
         self._failed = None
         await self._start(200, (*headers, (b"content-length", b"%d" % length)))
 
+    def gather(self, on: bool = True) -> None:
+        """From now on events that come in a burst may be sent together, some milliseconds later."""
+        connection = self.scope.get("llmos.connection")
+        if connection is not None:
+            connection.gather(on)
+
     async def send(self, data: bytes) -> None:
         """Sends a piece; waits where the caller reads too slowly."""
         await self._send({"type": "http.response.body", "body": data, "more_body": True})
@@ -187,6 +193,7 @@ class Exchange:
     async def end(self, data: bytes) -> None:
         """Sends the last events and ends the stream."""
         self._complete = True
+        self.gather(False)
         await self._send({"type": "http.response.body", "body": data, "more_body": False})
 
     async def fail(self, error: LlmosError) -> None:

@@ -22,6 +22,7 @@ from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol, RequestResp
 from uvicorn.server import ServerState
 
 from services.gateway import http_errors
+from services.gateway.http_gathering import GatheringTransport
 from services.mesh.running import RunningCalls
 from services.mesh.tls import TlsFiles
 
@@ -63,6 +64,7 @@ class BoundedProtocol(HttpToolsProtocol):
         self._head_bytes = 0
         self._unsent_bytes = 0
         self.stalled = False
+        self._gathering: GatheringTransport | None = None
         self._tell_gone: Callable[[], None] | None = None
 
     def on_gone(self, tell: Callable[[], None]) -> None:
@@ -81,8 +83,14 @@ class BoundedProtocol(HttpToolsProtocol):
         """Ends the connection at once, in the middle of an answer."""
         self.transport.abort()
 
+    def gather(self, on: bool) -> None:
+        """Whether what is written may wait a moment for what comes next; to be ended before the last one."""
+        if self._gathering is not None:
+            self._gathering.on = on
+
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
-        super().connection_made(transport)
+        self._gathering = GatheringTransport(transport, self.loop)
+        super().connection_made(cast("asyncio.Transport", self._gathering))
         if len(self.connections) > self._limits.max_connections:
             self._refuse(503, "The server has as many connections as it may have. Retry later.")
             return

@@ -177,7 +177,7 @@ def _value_check(field: FieldDescriptor, rules: Any) -> Check:
         _only(own, "min_len", "max_len")
         size = _within(own, "min_len", "max_len")
         return lambda value: size(len(value))
-    if kind == "enum":
+    if kind == "enum" and field.enum_type is not None:
         _only(own, "defined_only", "not_in")
         known = frozenset(field.enum_type.values_by_number) - frozenset(own.not_in)
         if own.defined_only:
