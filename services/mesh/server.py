@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import inspect
 import logging
-from collections.abc import Awaitable, Callable, Iterable
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterable
 from contextlib import aclosing
 from typing import Any
 from urllib.parse import unquote
@@ -200,9 +200,9 @@ class _ChainInterceptor(grpc.aio.ServerInterceptor):
                 watch = self._watch(handler.stream_stream)
                 return grpc.stream_stream_rpc_method_handler(watch, **arguments)
             return handler
-        # A single request is parsed inside the chain: not at all for those whom it refuses, and broken bytes
-        # become an error of ours.
-        parse = handler.request_deserializer
+        # Requests are parsed inside the chain: not at all for those whom it refuses, and broken bytes become
+        # an error of ours.
+        parse: Callable[[bytes], Any] = handler.request_deserializer or bytes
         single = {"response_serializer": handler.response_serializer}
         if handler.unary_unary:
             return grpc.unary_unary_rpc_method_handler(
@@ -214,17 +214,19 @@ class _ChainInterceptor(grpc.aio.ServerInterceptor):
             )
         if handler.stream_unary:
             return grpc.stream_unary_rpc_method_handler(
-                self._unary(method, handler.stream_unary), **arguments
+                self._unary(method, handler.stream_unary, parse), **single
             )
         if handler.stream_stream is None:
             raise TypeError(f"{method} has none of the four arities")
-        return grpc.stream_stream_rpc_method_handler(self._stream(method, handler.stream_stream), **arguments)
+        return grpc.stream_stream_rpc_method_handler(
+            self._stream(method, handler.stream_stream, parse), **single
+        )
 
     def _unary(
         self,
         method: str,
         behaviour: Callable[..., Any],
-        parse: Callable[[bytes], Any] | None = None,
+        parse: Callable[[bytes], Any],
     ) -> Callable[..., Any]:
         async def serve(request: Any, servicer_context: Any) -> Any:
             response: Any = None
@@ -244,7 +246,7 @@ class _ChainInterceptor(grpc.aio.ServerInterceptor):
         self,
         method: str,
         behaviour: Callable[..., Any],
-        parse: Callable[[bytes], Any] | None = None,
+        parse: Callable[[bytes], Any],
     ) -> Callable[..., Any]:
         async def serve(request: Any, servicer_context: Any) -> None:
             async def body(call: Call) -> None:
@@ -287,16 +289,23 @@ class _ChainInterceptor(grpc.aio.ServerInterceptor):
 
         return serve
 
-    def _checked(self, request: Any, parse: Callable[[bytes], Any] | None) -> Any:
-        """The request, parsed and valid. Raises RequestInvalid."""
-        if parse is not None:
-            try:
-                request = parse(request)
-            except DecodeError:
-                raise errors.RequestInvalid("The request is not a valid protobuf message.") from None
-        if self._validate and isinstance(request, Message):
-            validation.validate(request)
-        return request
+    def _checked(self, request: Any, parse: Callable[[bytes], Any]) -> Any:
+        """The request, or each of a stream of them as it is read: parsed and valid. Raises RequestInvalid."""
+        if not isinstance(request, bytes):
+            return self._each_checked(request, parse)
+        try:
+            parsed = parse(request)
+        except DecodeError:
+            raise errors.RequestInvalid("The request is not a valid protobuf message.") from None
+        if self._validate and isinstance(parsed, Message):
+            validation.validate(parsed)
+        return parsed
+
+    async def _each_checked(
+        self, requests: AsyncIterator[bytes], parse: Callable[[bytes], Any]
+    ) -> AsyncIterator[Any]:
+        async for request in requests:
+            yield self._checked(request, parse)
 
     async def _run(self, method: str, servicer_context: Any, body: Callable[[Call], Awaitable[None]]) -> Call:
         """Serves a call inside the chain; ends it with its status where that raises."""

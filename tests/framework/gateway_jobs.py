@@ -62,6 +62,9 @@ class MemoryJobSpool:
         self.error: LlmosError | None = None
         self.held = False
         """Whether Kafka is away."""
+        self.disk = asyncio.Event()
+        """Cleared: the disk hangs."""
+        self.disk.set()
         self.waiting = 0
         self.most_waiting = 0
         self._schedule = schedule
@@ -75,7 +78,7 @@ class MemoryJobSpool:
         self.waiting += 1
         self.most_waiting = max(self.most_waiting, self.waiting)
         try:
-            await asyncio.sleep(0)
+            await self.disk.wait()
             if self.error is not None:
                 raise self.error
             self.events.append(event)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import logging
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
@@ -46,14 +47,13 @@ class Retries:
         try:
             return await work()
         except LlmosError as error:
-            await self._go_on(record, retry, error)
-            raise
+            raise await self._going_on(record, retry, error) from error
 
-    async def _go_on(self, record: RequestRecord, retry: Retry, error: LlmosError) -> None:
-        """Names the job in the error, once it is on the disk. An error that does not pass stays as it is; so
+    async def _going_on(self, record: RequestRecord, retry: Retry, error: LlmosError) -> LlmosError:
+        """The error, which names the job once that is on the disk. One that does not pass stays as it is; so
         does one where the job cannot be kept: the caller is told of the failure alone."""
         if not error.retryable:
-            return
+            return error
         submission = ValidSubmission(
             work=retry.work,
             content=retry.work.payload,
@@ -66,7 +66,10 @@ class Retries:
             await self._spool.append_job(RetryRequested(job, record.request_id, error.reason, attempts=1))
         except LlmosError as failure:
             logger.warning("%s does not go on as a job: %s", record.request_id, failure.message)
-            return
-        error.metadata["job_id"] = job.job_id
+            return error
         record.response_metadata[JOB_ID_KEY] = job.job_id
-        error.hint = f"The request goes on as the job {job.job_id}: do not repeat it."
+        # A copy: others may have failed with the same one, as those do that wait for one answer.
+        named = copy.copy(error)
+        named.metadata = error.metadata | {"job_id": job.job_id}
+        named.hint = f"The request goes on as the job {job.job_id}: do not repeat it."
+        return named

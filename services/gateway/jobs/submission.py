@@ -140,7 +140,8 @@ class Submissions:
     ) -> Taken:
         """Takes or refuses each on its own; an error among what is given is a refusal already.
 
-        Raises AuditUnavailable, where the call itself cannot be recorded; StateConflict."""
+        Raises AuditUnavailable, where the call itself cannot be recorded; StateConflict; and what reading
+        raises: those that came before are jobs all the same."""
         self._seals.keyed_hash("", "probe", b"")
         record.begin()
         await record.committed()
@@ -149,6 +150,7 @@ class Submissions:
         refused: dict[int, LlmosError] = {}
         digests: dict[str, bytes] = {}
         places = asyncio.Semaphore(WINDOW)
+        broken: LlmosError | None = None
 
         async def one(index: int, submission: ValidSubmission) -> None:
             try:
@@ -165,20 +167,25 @@ class Submissions:
                 places.release()
 
         async with asyncio.TaskGroup() as group:
-            index = 0
-            async for each in given:
-                if index >= MAX_JOBS_AT_ONCE:
-                    refused[index] = RequestInvalid(
-                        f"A call takes {MAX_JOBS_AT_ONCE} jobs: this one and those after it were not read."
-                    )
-                    break
-                if isinstance(each, LlmosError):
-                    refused[index] = each
-                else:
-                    batch_id = batch_id or self._batch_id(record.identity, each)
-                    await places.acquire()
-                    group.create_task(one(index, each))
-                index += 1
+            try:
+                index = 0
+                async for each in given:
+                    if index >= MAX_JOBS_AT_ONCE:
+                        refused[index] = RequestInvalid(
+                            f"A call takes {MAX_JOBS_AT_ONCE} jobs: those from this one on were not read."
+                        )
+                        break
+                    if isinstance(each, LlmosError):
+                        refused[index] = each
+                    else:
+                        batch_id = batch_id or self._batch_id(record.identity, each)
+                        await places.acquire()
+                        group.create_task(one(index, each))
+                    index += 1
+            except LlmosError as error:
+                broken = error
+        if broken is not None:
+            raise broken
         if taken:
             # Those before it came to the schedule before it.
             last = max(taken)
