@@ -2,12 +2,19 @@
 
 from __future__ import annotations
 
+import random
 from functools import partial
 
 from llmos.logging.v1 import audit_service_pb2_grpc, watermark_service_pb2_grpc
 
 from services.logging.audit import AuditLog
-from services.logging.consumer import AuditConsumer
+from services.logging.consumer import TopicConsumer
+from services.logging.intake import AuditIntake, Intake, JobIntake
+from services.logging.outbox import Outbox
+from services.logging.schedule.machine import Machine, Rules
+from services.logging.schedule.schedule import Limits, Schedule
+from services.logging.schedule.store import Bounds
+from services.logging.schedule.stores.sqlite import SqliteScheduleStore
 from services.logging.servicer import AuditServicer, WatermarkServicer
 from services.logging.settings import LoggingSettings
 from services.logging.stores.sqlite import SqliteStore
@@ -19,7 +26,7 @@ from services.mesh.clock import Clock
 from services.mesh.health import Health
 from services.mesh.interceptors import server_chain
 from services.mesh.jwks import KEYS, FirstKeys, JwksCache
-from services.mesh.kafka import KafkaSource
+from services.mesh.kafka import KafkaPublisher, KafkaSource
 from services.mesh.revocation import RevocationList
 from services.mesh.running import RunningCalls
 from services.mesh.server import GrpcServer
@@ -28,7 +35,7 @@ from services.mesh.tokens import Audience, ServiceAuthenticator, Verifier
 from services.mesh.watch_client import GrpcWatches
 from services.mesh.watching import REVOCATIONS, watch_revocations
 
-CONSUMER = "consumer"
+CONSUMERS = {Topic.AUDIT: "audit-consumer", Topic.JOBS: "job-consumer", Topic.RETRY: "retry-consumer"}
 GROUP = "llmos-logging"
 
 
@@ -44,17 +51,30 @@ async def build(settings: LoggingSettings, clock: Clock) -> App:
         jwks, issuer=settings.issuer, audience=Audience.LOGGING, clock=clock, revoked=revoked.check
     )
 
-    health = Health(parts=[CONSUMER, KEYS, REVOCATIONS])
+    health = Health(parts=[*CONSUMERS.values(), KEYS, REVOCATIONS])
     store = SqliteStore(settings.db_path)
     log = AuditLog(store, clock, fence_after_s=settings.fence_after_s, max_tails=settings.max_tails)
-    consumer = AuditConsumer(
-        KafkaSource(settings, Topic.AUDIT, group=GROUP),
-        store,
-        log,
-        clock,
-        topic=settings.topic_name(Topic.AUDIT),
-        stalled_after_s=settings.stalled_after_s,
-        on_health=partial(health.set_part, CONSUMER),
+    schedule_store, schedule = _schedule(settings, clock)
+
+    # What comes from Kafka, and what goes there.
+    names = {topic: settings.topic_name(topic) for topic in CONSUMERS}
+    intakes: dict[Topic, Intake] = {
+        Topic.AUDIT: AuditIntake(names[Topic.AUDIT], log, schedule),
+        Topic.JOBS: JobIntake(names[Topic.JOBS], log, schedule, clock),
+        Topic.RETRY: JobIntake(names[Topic.RETRY], log, schedule, clock),
+    }
+    consumers = [
+        TopicConsumer(
+            KafkaSource(settings, topic, group=GROUP),
+            intake,
+            clock,
+            stalled_after_s=settings.stalled_after_s,
+            on_health=partial(health.set_part, CONSUMERS[topic]),
+        )
+        for topic, intake in intakes.items()
+    ]
+    outbox = Outbox(
+        schedule, KafkaPublisher(settings), clock, source=settings.service, producer=settings.name
     )
 
     running = RunningCalls(settings.max_concurrent_calls)
@@ -89,6 +109,14 @@ async def build(settings: LoggingSettings, clock: Clock) -> App:
             FirstKeys(jwks, health, clock),
             watch_revocations(GrpcWatches(auth).revocations, revoked, health=health, clock=clock),
             store,
-            consumer,
+            schedule_store,
+            schedule,
+            outbox,
+            *consumers,
         ),
     )
+
+
+def _schedule(settings: LoggingSettings, clock: Clock) -> tuple[SqliteScheduleStore, Schedule]:
+    store = SqliteScheduleStore(settings.state_dir / "schedule.db", Machine(Rules(), random.random), Bounds())
+    return store, Schedule(store, clock, Limits())

@@ -4,17 +4,17 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import AsyncGenerator, Sequence
+from collections.abc import AsyncGenerator, Mapping, Sequence
 from dataclasses import replace
 
 from opentelemetry import metrics
 
-from services.logging.store import AuditStore, Batch, Cursor, DeadLetter, RecordFilter, RequestRecord
+from services.logging.store import AuditStore, Batch, Cursor, RecordFilter, RequestRecord
 from services.mesh.audit_protocol import ProducerAnswer, ProducerReport, SilenceWatch
 from services.mesh.clock import Clock
 from services.mesh.context import Identity
 from services.mesh.errors import ConcurrencyLimit, NotFound
-from services.mesh.event_codec import EventRead
+from services.mesh.event_codec import EventRead, PlaceRead
 
 logger = logging.getLogger(__name__)
 
@@ -25,9 +25,6 @@ TAIL_PAGE = 200
 _meter = metrics.get_meter("llmos.audit")
 _stored = _meter.create_counter(
     "llmos.audit.events.stored", unit="{event}", description="Audit events taken in"
-)
-_dead = _meter.create_counter(
-    "llmos.audit.dead_letters", unit="{record}", description="Records that could not be read"
 )
 _late = _meter.create_counter(
     "llmos.audit.late_outcomes", unit="{event}", description="Outcomes of requests that had another already"
@@ -50,18 +47,17 @@ class AuditLog:
         self._position = 0
         self._changed = asyncio.Event()
 
-    async def take(
-        self, topic: str, events: Sequence[EventRead], dead: Sequence[DeadLetter], offsets: dict[int, int]
-    ) -> None:
+    async def offsets(self, topic: str) -> dict[int, int]:
+        """By partition: the next offset to read. Raises DependencyUnavailable."""
+        return await self._store.offsets(topic)
+
+    async def take(self, topic: str, events: Sequence[EventRead], offsets: Mapping[int, int]) -> None:
         """Stores what came from Kafka. Raises DependencyUnavailable; then nothing of it is stored."""
-        applied = await self._store.apply(Batch(topic, events, dead, offsets), self._now_us())
+        applied = await self._store.apply(Batch(topic, events, offsets), self._now_us())
         now_s = self._clock.monotonic()
         for producer in {event.producer for event in events}:
             self._watch.heard(producer, now_s)
-        _stored.add(len(events))
-        if dead:
-            _dead.add(len(dead))
-            logger.warning("%d records could not be read, the first: %s", len(dead), dead[0].reason)
+        _stored.add(sum(not isinstance(event.record, PlaceRead) for event in events))
         if applied.late_outcomes:
             _late.add(applied.late_outcomes)
         self._tell(applied.position)

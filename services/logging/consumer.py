@@ -1,8 +1,7 @@
-"""Reads the audit topic into the store, and notices when that does not go on.
+"""Reads a topic, hands its records to the topic's intake, and notices when that does not go on.
 
-A record is stored together with its offset, so a crash at any point repeats nothing and misses nothing, and
-the offsets in the store are what counts; Kafka is told of them for lag monitors only. A record that cannot
-be read becomes a dead letter and does not stop the others.
+The offsets that the intake keeps are what counts: what was taken before a crash and is read again changes
+nothing. Kafka is told of them for lag monitors only.
 """
 
 from __future__ import annotations
@@ -16,12 +15,10 @@ from typing import TypeVar
 from opentelemetry import context, propagate, trace
 from opentelemetry.trace import Link, SpanKind
 
-from services.logging.audit import AuditLog
-from services.logging.store import AuditStore, DeadLetter
-from services.mesh import event_codec
-from services.mesh.broker import PLACE_HEADER, ReceivedRecord, RecordSource
+from services.logging.intake import Intake
+from services.mesh.broker import ReceivedRecord, RecordSource
 from services.mesh.clock import Clock
-from services.mesh.errors import DataCorrupt, LlmosError
+from services.mesh.errors import LlmosError, Overloaded
 
 logger = logging.getLogger(__name__)
 _tracer = trace.get_tracer("llmos.audit")
@@ -36,31 +33,27 @@ MAX_LINKS = 64
 FIRST_BACKOFF_S, MAX_BACKOFF_S = 0.2, 5.0
 
 
-class AuditConsumer:
-    """A component. `on_health` hears whether events are being stored as far as Kafka has any."""
+class TopicConsumer:
+    """A component. `on_health` hears whether events are being taken as far as Kafka has any."""
 
     def __init__(
         self,
         source: RecordSource,
-        store: AuditStore,
-        log: AuditLog,
+        intake: Intake,
         clock: Clock,
         *,
-        topic: str,
         stalled_after_s: float,
         on_health: Callable[[bool], Awaitable[None]],
     ) -> None:
         """`stalled_after_s`: with records waiting and none coming for so long, something hangs."""
         self._source = source
-        self._store = store
-        self._log = log
+        self._intake = intake
         self._clock = clock
-        self._topic = topic
         self._stalled_after_s = stalled_after_s
         self._on_health = on_health
         self._progress_s = 0.0
         self._offsets: dict[int, int] = {}
-        """By partition, as in the store."""
+        """By partition, as the intake has them."""
         self._goal: tuple[float, dict[int, int]] | None = None
         """A moment, and what Kafka had then: once that is read, who was silent up to then was silent."""
         self._checked_s = float("-inf")
@@ -70,7 +63,7 @@ class AuditConsumer:
         """Returns at once: queries are answered while Kafka is away."""
         self._progress_s = self._clock.monotonic()
         await self._on_health(True)
-        self._task = asyncio.create_task(self._run(), name="audit-consumer")
+        self._task = asyncio.create_task(self._run(), name=f"consume {self._intake.topic}")
 
     async def stop(self) -> None:
         if self._task is not None:
@@ -80,32 +73,32 @@ class AuditConsumer:
         await self._source.close()
 
     async def open(self) -> None:
-        """Begins to read where the store is. Raises DependencyUnavailable."""
+        """Begins to read where the intake is. Raises LlmosError."""
         self._goal = None
-        self._offsets = await self._in_store(self._store.offsets(self._topic))
+        self._offsets = await self._told(self._intake.offsets())
         await self._source.open(self._offsets)
         await self._note_rewind()
 
     async def step(self, max_records: int = MAX_BATCH, timeout_s: float = POLL_S) -> int:
-        """Stores the next records; returns how many. Raises DependencyUnavailable."""
+        """Takes the next records; returns how many. Raises LlmosError."""
         records = await self._source.poll(max_records, timeout_s)
         if not records:
             await self._note_rewind()
             return 0
         with _tracer.start_as_current_span(
-            f"process {self._topic}",
+            f"process {self._intake.topic}",
             context=context.Context(),
             kind=SpanKind.CONSUMER,
             links=_links(records),
             attributes={
                 "messaging.system": "kafka",
                 "messaging.operation.type": "process",
-                "messaging.destination.name": self._topic,
+                "messaging.destination.name": self._intake.topic,
                 "messaging.batch.message_count": len(records),
             },
         ):
-            events, dead, offsets = self._read(records)
-            await self._in_store(self._log.take(self._topic, events, dead, offsets))
+            offsets = {record.partition: record.offset + 1 for record in records}
+            await self._told(self._intake.take(records, offsets))
         self._offsets.update(offsets)
         self._progress_s = self._clock.monotonic()
         await self._source.commit(offsets)
@@ -127,10 +120,13 @@ class AuditConsumer:
         await self._reach_goal()
         return now_s - self._progress_s < self._stalled_after_s
 
-    async def _in_store(self, work: Awaitable[T]) -> T:
-        """A database that fails is told by health; a broker that is away is not, since queries work."""
+    async def _told(self, work: Awaitable[T]) -> T:
+        """A database that fails is told by health. A broker that is away is not, since queries work; nor is a
+        schedule that is full, which only those can empty who are let in."""
         try:
             return await work
+        except Overloaded:
+            raise
         except LlmosError:
             await self._on_health(False)
             raise
@@ -141,8 +137,8 @@ class AuditConsumer:
         positions = self._source.positions()
         rewound = {p: at for p, at in positions.items() if at < self._offsets.get(p, 0)}
         if rewound:
-            logger.warning("the audit topic lost its data; reading it from its beginning: %s", rewound)
-            await self._in_store(self._log.take(self._topic, [], [], rewound))
+            logger.warning("%s lost its data; reading it from its beginning: %s", self._intake.topic, rewound)
+            await self._told(self._intake.take([], rewound))
             self._offsets.update(rewound)
 
     def _reads_up_to(self, ends: dict[int, int]) -> bool:
@@ -152,7 +148,7 @@ class AuditConsumer:
     async def _reach_goal(self) -> None:
         if self._goal is not None and self._reads_up_to(self._goal[1]):
             until_s, self._goal = self._goal[0], None
-            await self._log.fence_silent(until_s)
+            await self._intake.read_all(until_s)
 
     async def _run(self) -> None:
         backoff_s = FIRST_BACKOFF_S
@@ -161,15 +157,15 @@ class AuditConsumer:
             try:
                 await self.open()
                 if failing:
-                    logger.info("the audit topic is read again")
+                    logger.info("%s is read again", self._intake.topic)
                 failing, backoff_s = False, FIRST_BACKOFF_S
                 await self._read_on()
             except LlmosError as error:
                 if not failing:
-                    logger.warning("the audit topic is not read: %s; trying again until it is", error)
+                    logger.warning("%s is not read: %s; trying again until it is", self._intake.topic, error)
                 failing = True
             except Exception:
-                logger.exception("the audit topic is not read")
+                logger.exception("%s is not read", self._intake.topic)
                 failing = True
                 await self._on_health(False)
             await self._clock.sleep(backoff_s)
@@ -184,39 +180,12 @@ class AuditConsumer:
             if self._clock.monotonic() - self._checked_s >= CHECK_EVERY_S:
                 self._checked_s = self._clock.monotonic()
                 if not await self.check():
-                    logger.error("Kafka has audit events and gives none; connecting anew")
+                    topic = self._intake.topic
+                    logger.error("Kafka has records of %s and gives none; connecting anew", topic)
                     await self._on_health(False)
                     # It has as long again to show that this helped.
                     self._progress_s = self._clock.monotonic()
                     return
-
-    def _read(
-        self, records: Sequence[ReceivedRecord]
-    ) -> tuple[list[event_codec.EventRead], list[DeadLetter], dict[int, int]]:
-        events, dead, offsets = [], [], {}
-        for record in records:
-            offsets[record.partition] = record.offset + 1
-            try:
-                events.append(event_codec.read(record.value))
-            except DataCorrupt as error:
-                dead.append(_dead_letter(record, error.message))
-        return events, dead, offsets
-
-
-def _dead_letter(record: ReceivedRecord, reason: str) -> DeadLetter:
-    producer = record.key.decode("utf-8", "replace")[:128]
-    place = None
-    with contextlib.suppress(ValueError):
-        place = event_codec.read_place(dict(record.headers).get(PLACE_HEADER, b"").decode("ascii"))
-    return DeadLetter(
-        record.partition,
-        record.offset,
-        reason,
-        record.key[:1024],
-        record.value,
-        producer,
-        place if producer else None,
-    )
 
 
 def _links(records: Sequence[ReceivedRecord]) -> list[Link]:

@@ -13,11 +13,6 @@ from typing import NamedTuple, Protocol
 from services.mesh.audit_protocol import Place, ProducerAnswer, ProducerReport
 from services.mesh.event_codec import EventRead
 
-MAX_DEAD_LETTERS = 10_000
-"""The oldest are forgotten beyond that."""
-MAX_DEAD_VALUE_BYTES = 64 * 1024
-"""More of a dead letter's value is not kept."""
-
 
 @dataclass(frozen=True, slots=True)
 class RequestRecord:
@@ -53,26 +48,11 @@ class Cursor(NamedTuple):
 
 
 @dataclass(frozen=True, slots=True)
-class DeadLetter:
-    """A record that cannot be read."""
-
-    partition: int
-    offset: int
-    reason: str
-    key: bytes
-    value: bytes
-    producer: str = ""
-    place: Place | None = None
-    """Where its headers tell: the producer need not send it again."""
-
-
-@dataclass(frozen=True, slots=True)
 class Batch:
     """What was read from Kafka in one go, in its order."""
 
     topic: str
     events: Sequence[EventRead] = ()
-    dead: Sequence[DeadLetter] = ()
     offsets: Mapping[int, int] = field(default_factory=dict)
     """By partition: the next offset to read."""
 
@@ -96,8 +76,8 @@ class AuditStore(Protocol):
     async def stop(self) -> None: ...
 
     async def apply(self, batch: Batch, now_us: int) -> Applied:
-        """Stores events, what is known of their epochs, dead letters and offsets: all or nothing, and
-        durably. Repeating it changes nothing.
+        """Stores events, what is known of their epochs, and offsets: all or nothing, and durably. Repeating
+        it changes nothing. Of an event that is a mere place, nothing else is kept.
 
         A request keeps its first intent and its first outcome. A record's position grows when it changes.
         """
@@ -125,9 +105,6 @@ class AuditStore(Protocol):
         self, which: RecordFilter, after_position: int, limit: int
     ) -> tuple[list[RequestRecord], int]:
         """The next records in order of position, and the position up to which that is all."""
-
-    async def dead_letters(self, limit: int) -> list[DeadLetter]:
-        """The oldest first."""
 
     async def other_events(self, limit: int) -> list[tuple[str, Place, str, bytes]]:
         """Events of no request, (producer, place, kind, AuditRecorded), the newest first."""

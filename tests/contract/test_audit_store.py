@@ -11,12 +11,9 @@ import pytest
 from llmos.events.v1 import events_pb2
 
 from services.logging.store import (
-    MAX_DEAD_LETTERS,
-    MAX_DEAD_VALUE_BYTES,
     AuditStore,
     Batch,
     Cursor,
-    DeadLetter,
     RecordFilter,
     RequestRecord,
 )
@@ -25,7 +22,7 @@ from services.logging.stores.memory import MemoryStore
 from services.logging.stores.sqlite import SqliteStore
 from services.mesh.audit_protocol import HeldEpoch, Place, ProducerReport
 from services.mesh.errors import DependencyUnavailable, Overloaded
-from services.mesh.event_codec import EventRead, IntentRead, OtherRead, OutcomeRead
+from services.mesh.event_codec import EventRead, IntentRead, OtherRead, OutcomeRead, PlaceRead
 from services.mesh.events import Outcome
 
 TOPIC = "llmos.audit.v1"
@@ -121,13 +118,12 @@ async def test_the_order_of_arrival_does_not_matter(store: AuditStore) -> None:
 
 
 async def test_repeating_changes_nothing(store: AuditStore) -> None:
-    batch = Batch(TOPIC, [intent("a"), outcome("a"), note((1, 3))], [letter(7)], {0: 4})
+    batch = Batch(TOPIC, [intent("a"), outcome("a"), note((1, 3))], {0: 4})
     first = await store.apply(batch, NOW_US)
     again = await store.apply(batch, NOW_US + 1)
     assert (again.position, again.late_outcomes) == (first.position, 0)
     assert (await one(store, "a")).store_time_us == NOW_US
     assert len(await store.other_events(10)) == 1
-    assert len(await store.dead_letters(10)) == 1
 
 
 async def test_the_first_outcome_stands(store: AuditStore) -> None:
@@ -139,9 +135,9 @@ async def test_the_first_outcome_stands(store: AuditStore) -> None:
 
 async def test_offsets_are_kept_with_the_events(store: AuditStore) -> None:
     assert await store.offsets(TOPIC) == {}
-    await store.apply(Batch(TOPIC, [intent("a")], (), {0: 5, 2: 1}), NOW_US)
-    await store.apply(Batch(TOPIC, (), (), {0: 9}), NOW_US)
-    await store.apply(Batch("other", (), (), {0: 1}), NOW_US)
+    await store.apply(Batch(TOPIC, [intent("a")], {0: 5, 2: 1}), NOW_US)
+    await store.apply(Batch(TOPIC, (), {0: 9}), NOW_US)
+    await store.apply(Batch("other", (), {0: 1}), NOW_US)
     assert await store.offsets(TOPIC) == {0: 9, 2: 1}
 
 
@@ -289,28 +285,24 @@ async def test_following_sees_each_change_in_order(store: AuditStore) -> None:
     assert [(record.request_id, how(record)) for record in found] == [("b", "ABORTED")]
 
 
-def letter(offset: int, value: bytes = b"?", place: Place | None = None) -> DeadLetter:
-    return DeadLetter(0, offset, "not an EventEnvelope", b"p", value, "p", place)
-
-
-async def test_dead_letters_are_kept_bounded_and_count_as_stored(store: AuditStore) -> None:
-    letters = [letter(n) for n in range(MAX_DEAD_LETTERS + 5)]
-    await store.apply(Batch(TOPIC, (), letters), NOW_US)
-    found = await store.dead_letters(MAX_DEAD_LETTERS * 2)
-    assert (len(found), found[0].offset) == (MAX_DEAD_LETTERS, 5)
-    big = letter(10**6, b"x" * (MAX_DEAD_VALUE_BYTES + 1), Place(1, 1))
-    await store.apply(Batch(TOPIC, [intent("a", (1, 2))], [big]), NOW_US)
-    found = await store.dead_letters(MAX_DEAD_LETTERS * 2)
-    assert len(found[-1].value) == MAX_DEAD_VALUE_BYTES
-    answer, _ = await store.sync(report((1, 1, 2)), NOW_US)
-    assert answer.watermarks == {1: 2}
+async def test_of_a_mere_place_nothing_but_the_place_is_kept(store: AuditStore) -> None:
+    """As of a job, which the schedule has, or of a record that cannot be read."""
+    before = await take(store, intent("a", (1, 1)))
+    at = [EventRead("p", Place(1, n), 1, PlaceRead()) for n in (2, 3, 5)]
+    assert await take(store, *at) == before
+    answer, _ = await store.sync(report((1, 1, 5)), NOW_US)
+    assert answer.watermarks == {1: 3}
+    await take(store, intent("b", (1, 4)))
+    answer, _ = await store.sync(report((1, 1, 5)), NOW_US)
+    assert answer.watermarks == {1: 5}
+    assert await store.other_events(10) == []
 
 
 async def test_sqlite_keeps_everything(tmp_path: Path) -> None:
     path = tmp_path / "audit.db"
     first = SqliteStore(path)
     await first.start()
-    await first.apply(Batch(TOPIC, [intent("a"), intent("c", (1, 9))], [letter(1)], {0: 5}), NOW_US)
+    await first.apply(Batch(TOPIC, [intent("a"), intent("c", (1, 9))], {0: 5}), NOW_US)
     await first.stop()
     second = SqliteStore(path)
     await second.start()
@@ -349,7 +341,7 @@ async def test_sqlite_stores_all_of_a_batch_or_nothing(tmp_path: Path) -> None:
     broken = outcome("b", (1, 2))
     unstorable = EventRead("p", Place(1, 3), 1, OtherRead("gap", 2**70, b""))
     with pytest.raises((DependencyUnavailable, OverflowError)):
-        await store.apply(Batch(TOPIC, [intent("a"), broken, unstorable], (), {0: 3}), NOW_US)
+        await store.apply(Batch(TOPIC, [intent("a"), broken, unstorable], {0: 3}), NOW_US)
     assert await store.search(EVERYTHING, 10, None) == []
     assert await store.offsets(TOPIC) == {}
     assert await take(store, intent("a")) == 1

@@ -34,6 +34,7 @@ async def test_r27_the_real_parts_end_where_the_model_ends(
         assert real.log == oracle.log
         assert await world.records() == await model.records()
         assert sorted(await world.notes()) == sorted(await model.notes())
+        assert sorted(await world.jobs()) == sorted(await model.jobs())
         assert await world.fenced() == await model.fenced()
         assert await world.settled_by_logging() == await model.settled_by_logging()
     except BaseException:

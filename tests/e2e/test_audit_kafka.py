@@ -59,9 +59,9 @@ class AuditPath:
         self.store = SqliteStore(self.folder / "audit.db")
         return LoggingProcess(
             self.store,
-            lambda: KafkaSource(self.settings, Topic.AUDIT, group=self.settings.kafka_topic_prefix),
+            lambda topic: KafkaSource(self.settings, topic, group=self.settings.kafka_topic_prefix),
             self.watermarks,
-            topic=self.topic,
+            prefix=self.settings.kafka_topic_prefix,
         )
 
     async def everything_stored(self, *request_ids: str) -> bool:

@@ -24,14 +24,22 @@ from services.mesh.audit_protocol import (
 )
 from tests.framework.audit_trace import ABORTED, FENCE_AFTER_S, PARTITIONS, Crash, Fate, StoredRecord
 
+TOPICS = 3
+"""Audit events, jobs, retries."""
+
 
 @dataclass(frozen=True)
 class Event:
-    """An event of a model spool. `outcome` of an intent is None; a note has a number."""
+    """An event of a model spool. `outcome` of an intent is None; a note, or a job, has a number."""
 
     request_id: str = ""
     outcome: str | None = None
     note: int | None = None
+    job: int | None = None
+
+    @property
+    def topic(self) -> int:
+        return 0 if self.job is None else 1 + self.job % 2
 
 
 @dataclass(frozen=True)
@@ -68,7 +76,7 @@ class Spool:
         self.last += 1
         place = Place(self.epoch, self.last)
         self.events[place] = event
-        if event.note is not None:
+        if event.note is not None or event.job is not None:
             return
         if event.outcome is None:
             self.open[event.request_id] = place
@@ -105,7 +113,10 @@ class Store:
     intents: dict[str, tuple[str, Place]] = field(default_factory=dict)
     notes: dict[tuple[str, Place], int] = field(default_factory=dict)
     trackers: dict[tuple[str, int], SequenceTracker] = field(default_factory=dict)
-    offsets: dict[int, int] = field(default_factory=dict)
+    offsets: dict[tuple[int, int], int] = field(default_factory=dict)
+    """By topic and partition."""
+    jobs: dict[int, None] = field(default_factory=dict)
+    """The schedule, which is durable on its own."""
     epochs: dict[str, int] = field(default_factory=dict)
     fenced: dict[str, int] = field(default_factory=dict)
     settled: int = 0
@@ -116,6 +127,8 @@ class Store:
         tracker.raise_floor(message.floor)
         tracker.add(place.sequence)
         self.epochs[producer] = max(place.epoch, self.epochs.get(producer, 0))
+        if event.job is not None:
+            return
         if event.note is not None:
             self.notes.setdefault((producer, place), event.note)
             return
@@ -174,7 +187,9 @@ class ModelWorld:
         self._spools: dict[int, Spool] = {}
         self._plans: dict[int, PublishPlan] = {}
         self._owners: dict[str, int] = {}
-        self._logs: list[list[Message]] = [[] for _ in range(PARTITIONS)]
+        self._logs: dict[tuple[int, int], list[Message]] = {
+            (topic, partition): [] for topic in range(TOPICS) for partition in range(PARTITIONS)
+        }
         self._delayed: list[tuple[int, Message]] = []
         self._store = Store()
         self._watch = SilenceWatch(FENCE_AFTER_S)
@@ -219,6 +234,10 @@ class ModelWorld:
         self._spools[gateway].append(Event(note=number))
         self._spools[gateway].commit()
 
+    async def job(self, gateway: int, number: int) -> None:
+        self._spools[gateway].append(Event(job=number))
+        self._spools[gateway].commit()
+
     async def publish(self, gateway: int, limit: int, fate: Fate) -> None:
         spool, plan = self._spools[gateway], self._plans[gateway]
         batch = [
@@ -234,7 +253,8 @@ class ModelWorld:
             return
         partition = gateway % PARTITIONS
         landed = {Fate.TAKEN: len(batch), Fate.UNACKNOWLEDGED: len(batch), Fate.TORN: len(batch) // 2}
-        self._logs[partition] += batch[: landed.get(fate, 0)]
+        for message in batch[: landed.get(fate, 0)]:
+            self._logs[message.event.topic, partition].append(message)
         if fate is Fate.DELAYED:
             self._delayed += [(partition, message) for message in batch]
         if fate is Fate.TAKEN:
@@ -262,7 +282,9 @@ class ModelWorld:
         self._contact_s[producer] = self._now_s
 
     def _judge_trim(self, producer: str, place: Place, event: Event) -> None:
-        if event.note is not None:
+        if event.job is not None:
+            assert event.job in self._store.jobs, f"trimmed the job {event.job}, which the schedule lacks"
+        elif event.note is not None:
             assert (producer, place) in self._store.notes, f"trimmed {place}, which the store lacks"
         else:
             record = self._store.requests.get(event.request_id)
@@ -271,30 +293,39 @@ class ModelWorld:
 
     async def land_delayed(self) -> None:
         for partition, message in self._delayed:
-            self._logs[partition].append(message)
+            self._logs[message.event.topic, partition].append(message)
         self._delayed.clear()
 
     async def duplicate(self, partition: int, back: int) -> None:
-        log = self._logs[partition]
-        if log:
-            log.append(log[-min(back, len(log))])
+        for topic in range(TOPICS):
+            log = self._logs[topic, partition]
+            if log:
+                log.append(log[-min(back, len(log))])
 
     async def wipe_broker(self) -> None:
-        for log in self._logs:
+        for log in self._logs.values():
             log.clear()
 
     async def consume(self, partition: int, limit: int, crash: Crash) -> None:
-        log = self._logs[partition]
-        offset = self._store.offsets.get(partition, 0)
+        await self._take(0, partition, limit, crash)
+
+    async def schedule(self, partition: int, limit: int, crash: Crash) -> None:
+        for topic in (1, 2):
+            await self._take(topic, partition, limit, crash)
+
+    async def _take(self, topic: int, partition: int, limit: int, crash: Crash) -> None:
+        log = self._logs[topic, partition]
+        offset = self._store.offsets.get((topic, partition), 0)
         if offset > len(log):  # the log is another one than it was: from its beginning
             offset = 0
         batch = log[offset : offset + limit]
+        self._store.jobs.update({m.event.job: None for m in batch if m.event.job is not None})
         store = copy.deepcopy(self._store) if crash is Crash.BEFORE_COMMIT else self._store
         before = {r: record.outcome for r, record in store.requests.items() if record.outcome}
         for message in batch:
             store.apply(message)
             self._heard(message.producer)
-        store.offsets[partition] = offset + len(batch)
+        store.offsets[topic, partition] = offset + len(batch)
         assert all(store.requests[r].outcome == outcome for r, outcome in before.items())
         if crash is not Crash.NEVER:
             await self.restart_store()
@@ -308,7 +339,7 @@ class ModelWorld:
 
     async def check(self) -> None:
         offsets = self._store.offsets
-        if all(offsets.get(p, 0) >= len(log) for p, log in enumerate(self._logs)):
+        if all(offsets.get((0, p), 0) >= len(self._logs[0, p]) for p in range(PARTITIONS)):
             self._watch.read_all(self._now_s)
         with_open = sorted({producer for producer, _ in self._store.open_intents().values()})
         for producer in self._watch.silent(with_open):
@@ -324,6 +355,9 @@ class ModelWorld:
 
     async def notes(self) -> list[int]:
         return list(self._store.notes.values())
+
+    async def jobs(self) -> list[int]:
+        return list(self._store.jobs)
 
     async def held(self, gateway: int) -> int:
         return len(self._spools[gateway].events)

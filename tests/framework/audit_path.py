@@ -2,20 +2,28 @@
 
 from __future__ import annotations
 
+import random
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from llmos.events.v1 import events_pb2
 
 from services.logging.audit import AuditLog
-from services.logging.consumer import AuditConsumer
+from services.logging.consumer import TopicConsumer
+from services.logging.intake import AuditIntake, Intake, JobIntake
+from services.logging.outbox import Outbox
+from services.logging.schedule.machine import Machine, Rules
+from services.logging.schedule.schedule import Limits, Schedule
+from services.logging.schedule.store import Bounds, ScheduleStore
+from services.logging.schedule.stores.memory import MemoryScheduleStore
 from services.logging.store import AuditStore, RecordFilter
 from services.mesh.audit_protocol import ProducerAnswer, ProducerReport, PublishPlan
-from services.mesh.broker import RecordPublisher, RecordSource
+from services.mesh.broker import RecordPublisher, RecordSource, Topic
 from services.mesh.clock import Clock, SystemClock
 from services.mesh.context import Identity
 from services.mesh.errors import DependencyUnavailable
@@ -23,7 +31,6 @@ from services.mesh.events import Edge, Outcome, RequestEnded, RequestFacts, Requ
 from services.mesh.relay import Relay
 from services.mesh.spool import Spool
 
-TOPIC = "llmos.audit.v1"
 CALLER = Identity("tenant-a", "client-a", "key-a", frozenset({"generate"}))
 NOW = datetime(2030, 1, 1, tzinfo=UTC)
 
@@ -92,42 +99,73 @@ class LoggingProcess:
     def __init__(
         self,
         store: AuditStore,
-        source: Callable[[], RecordSource],
+        source: Callable[[Topic], RecordSource],
         watermarks: DirectWatermarks,
         *,
         clock: Clock | None = None,
-        topic: str = TOPIC,
+        prefix: str = "llmos",
+        publisher: RecordPublisher | None = None,
+        scheduled: ScheduleStore | None = None,
         fence_after_s: float = 600,
         stalled_after_s: float = 30,
     ) -> None:
         self._watermarks = watermarks
         self._store = store
         clock = clock or SystemClock()
-        self.healthy: list[bool] = []
+        self.healthy_of: dict[Topic, list[bool]] = {}
+        """What each consumer has told, without repetition."""
         self.log = AuditLog(store, clock, fence_after_s=fence_after_s, max_tails=4)
-        self.source = source()
-        self.consumer = AuditConsumer(
-            self.source,
-            store,
-            self.log,
-            clock,
-            topic=topic,
-            stalled_after_s=stalled_after_s,
-            on_health=self._on_health,
+        self.scheduled = scheduled or MemoryScheduleStore(Machine(Rules(), random.random), Bounds())
+        self.schedule = Schedule(self.scheduled, clock, Limits())
+        self.outbox = publisher and Outbox(
+            self.schedule, publisher, clock, source="logging", producer="logging-0"
         )
+        intakes: dict[Topic, Intake] = {
+            Topic.AUDIT: AuditIntake(f"{prefix}.audit.v1", self.log, self.schedule),
+            Topic.JOBS: JobIntake(f"{prefix}.jobs.v1", self.log, self.schedule, clock),
+            Topic.RETRY: JobIntake(f"{prefix}.retry.v1", self.log, self.schedule, clock),
+        }
+        self.sources = {topic: source(topic) for topic in intakes}
+        self.consumers = {
+            topic: TopicConsumer(
+                self.sources[topic],
+                intake,
+                clock,
+                stalled_after_s=stalled_after_s,
+                on_health=partial(self._on_health, topic),
+            )
+            for topic, intake in intakes.items()
+        }
+        self.source, self.consumer = self.sources[Topic.AUDIT], self.consumers[Topic.AUDIT]
 
-    async def _on_health(self, healthy: bool) -> None:
-        if self.healthy[-1:] != [healthy]:
-            self.healthy.append(healthy)
+    async def _on_health(self, topic: Topic, healthy: bool) -> None:
+        told = self.healthy_of.setdefault(topic, [])
+        if told[-1:] != [healthy]:
+            told.append(healthy)
+
+    @property
+    def healthy(self) -> list[bool]:
+        """What the consumer of audit events has told."""
+        return self.healthy_of.get(Topic.AUDIT, [])
 
     async def start(self) -> None:
         await self._store.start()
-        await self.consumer.start()
+        await self.scheduled.start()
+        await self.schedule.start()
+        for consumer in self.consumers.values():
+            await consumer.start()
+        if self.outbox is not None:
+            await self.outbox.start()
         self._watermarks.log = self.log
 
     async def stop(self) -> None:
         self._watermarks.log = None
-        await self.consumer.stop()
+        if self.outbox is not None:
+            await self.outbox.stop()
+        for consumer in self.consumers.values():
+            await consumer.stop()
+        await self.schedule.stop()
+        await self.scheduled.stop()
         await self._store.stop()
 
 

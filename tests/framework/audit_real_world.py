@@ -1,4 +1,4 @@
-"""The real spool, relay, consumer and SQLite store as a `World`, over a broker in memory.
+"""The real spool, relay, consumers and SQLite store as a `World`, over a broker and a schedule in memory.
 
 Steps are the same as the model's (`audit_model`), so the same trace must end in the same records.
 """
@@ -6,43 +6,56 @@ Steps are the same as the model's (`audit_model`), so the same trace must end in
 from __future__ import annotations
 
 import contextlib
+import random
+from datetime import timedelta
 from pathlib import Path
 
 from llmos.events.v1 import events_pb2
 
 from services.logging.audit import AuditLog
-from services.logging.consumer import AuditConsumer
+from services.logging.consumer import TopicConsumer
+from services.logging.intake import AuditIntake, Intake, JobIntake
+from services.logging.schedule.machine import Machine, Rules
+from services.logging.schedule.schedule import Limits, Schedule
+from services.logging.schedule.store import Bounds, JobFilter, ScheduleStore
+from services.logging.schedule.stores.memory import MemoryScheduleStore
 from services.logging.store import Applied, AuditStore, Batch, RecordFilter
 from services.logging.stores.sqlite import SqliteStore
 from services.mesh.audit_protocol import ProducerAnswer, ProducerReport, PublishPlan
+from services.mesh.broker import Topic
 from services.mesh.clock import ManualClock
 from services.mesh.errors import DependencyUnavailable
 from services.mesh.events import AnonymousRejected, Edge, Outcome, RequestEnded, RequestFacts, RequestStarted
+from services.mesh.jobs import RetryRequested
 from services.mesh.relay import Relay
 from services.mesh.spool import Spool
 from tests.framework.audit_trace import FENCE_AFTER_S, PARTITIONS, Crash, Fate, StoredRecord
+from tests.framework.job_events import job
 from tests.framework.memory_broker import MemoryBroker, MemoryPublisher, MemorySource
-
-TOPIC = "llmos.audit.v1"
 
 
 class _Logging:
     """One life of the logging process."""
 
-    def __init__(self, store: AuditStore, broker: MemoryBroker, clock: ManualClock) -> None:
-        self.log = AuditLog(store, clock, fence_after_s=FENCE_AFTER_S, max_tails=8)
-        self.source = MemorySource(broker)
+    def __init__(
+        self, store: AuditStore, scheduled: ScheduleStore, broker: MemoryBroker, clock: ManualClock
+    ) -> None:
         self.crash = Crash.NEVER
-        self.consumer = AuditConsumer(
-            self.source,
-            _Crashing(store, self),  # type: ignore[arg-type]
-            AuditLog(_Crashing(store, self), clock, fence_after_s=FENCE_AFTER_S, max_tails=8),  # type: ignore[arg-type]
-            clock,
-            topic=TOPIC,
-            stalled_after_s=1e9,
-            on_health=self._health,
-        )
-        self.log = self.consumer._log
+        crashing: AuditStore = _Crashing(store, self)  # type: ignore[assignment]
+        self.log = AuditLog(crashing, clock, fence_after_s=FENCE_AFTER_S, max_tails=8)
+        schedule = Schedule(scheduled, clock, Limits())
+        intakes: dict[Topic, Intake] = {
+            Topic.AUDIT: AuditIntake("audit", self.log, schedule),
+            Topic.JOBS: JobIntake("jobs", self.log, schedule, clock),
+            Topic.RETRY: JobIntake("retry", self.log, schedule, clock),
+        }
+        self.sources = {topic: MemorySource(broker, topic) for topic in intakes}
+        self.consumers = {
+            topic: TopicConsumer(
+                self.sources[topic], intake, clock, stalled_after_s=1e9, on_health=self._health
+            )
+            for topic, intake in intakes.items()
+        }
 
     async def _health(self, _: bool) -> None:
         """Nobody asks."""
@@ -103,6 +116,11 @@ class _Gateway:
         self.relay = Relay(self.spool, self.publisher, self.watermarks, world.clock, plan=PublishPlan())
 
 
+def no_jobs() -> ScheduleStore:
+    """A schedule's store, new."""
+    return MemoryScheduleStore(Machine(Rules(), random.random), Bounds())
+
+
 class RealWorld:
     """See the module. `close` when done."""
 
@@ -119,6 +137,7 @@ class RealWorld:
         self.broker = MemoryBroker(PARTITIONS)
         self._stores = 0
         self._store: SqliteStore | None = None
+        self._scheduled: ScheduleStore = no_jobs()
         self._logging: _Logging | None = None
 
     @property
@@ -130,6 +149,7 @@ class RealWorld:
         self._stores += 1
         self._store = SqliteStore(self._folder / f"audit-{self._stores}.db")
         await self._store.start()
+        self._scheduled = no_jobs()
         await self.restart_store()
 
     async def close(self) -> None:
@@ -175,6 +195,12 @@ class RealWorld:
         event = AnonymousRejected("192.0.2.1", "CREDENTIAL_MISSING", number, now, now)
         await self._gateways[gateway].spool.append_other(event)
 
+    async def job(self, gateway: int, number: int) -> None:
+        now = self.clock.now()
+        submitted = job(f"job_{number}", create_time=now, give_up_time=now + timedelta(days=7))
+        event = RetryRequested(submitted, "req", "REPLICA_LOST", 1) if number % 2 else submitted
+        await self._gateways[gateway].spool.append_job(event)
+
     async def publish(self, gateway: int, limit: int, fate: Fate) -> None:
         live = self._gateways[gateway]
         live.publisher.fate = fate
@@ -199,17 +225,25 @@ class RealWorld:
         self.broker.wipe()
 
     async def consume(self, partition: int, limit: int, crash: Crash) -> None:
-        self.logging.source.only = partition
+        await self._take(Topic.AUDIT, partition, limit, crash)
+
+    async def schedule(self, partition: int, limit: int, crash: Crash) -> None:
+        for topic in (Topic.JOBS, Topic.RETRY):
+            await self._take(topic, partition, limit, crash)
+
+    async def _take(self, topic: Topic, partition: int, limit: int, crash: Crash) -> None:
+        self.logging.sources[topic].only = partition
         self.logging.crash = crash
         with contextlib.suppress(_Died):
-            await self.logging.consumer.step(limit, 0)
+            await self.logging.consumers[topic].step(limit, 0)
         if crash is not Crash.NEVER:
             await self.restart_store()
 
     async def restart_store(self) -> None:
         assert self._store is not None
-        self._logging = _Logging(self._store, self.broker, self.clock)
-        await self._logging.consumer.open()
+        self._logging = _Logging(self._store, self._scheduled, self.broker, self.clock)
+        for consumer in self._logging.consumers.values():
+            await consumer.open()
 
     async def wipe_store(self) -> None:
         assert self._store is not None
@@ -218,7 +252,7 @@ class RealWorld:
 
     async def check(self) -> None:
         before = await self._open_by_producer()
-        await self.logging.consumer.check()
+        await self.logging.consumers[Topic.AUDIT].check()
         after = await self._open_by_producer()
         self._ever_fenced |= {self._owners[producer] for producer in before - after}
 
@@ -243,6 +277,10 @@ class RealWorld:
         assert self._store is not None
         found = await self._store.other_events(100_000)
         return [events_pb2.AuditRecorded.FromString(body).anonymous_rejected.count for _, _, _, body in found]
+
+    async def jobs(self) -> list[int]:
+        found = await self._scheduled.list_jobs(JobFilter(), 100_000, None)
+        return [int(job.job_id.removeprefix("job_")) for job, _ in found]
 
     async def held(self, gateway: int) -> int:
         return self._gateways[gateway].spool.ledger.held_events

@@ -66,12 +66,21 @@ class World(Protocol):
     async def note(self, gateway: int, number: int) -> None:
         """An event that is no request's, such as a count of anonymous rejections."""
 
+    async def job(self, gateway: int, number: int) -> None:
+        """A job, or where the number is odd a retry: each has a topic of its own, and a store of its own."""
+
     async def publish(self, gateway: int, limit: int, fate: Fate) -> None: ...
     async def sync(self, gateway: int, answered: bool) -> None: ...
     async def land_delayed(self) -> None: ...
     async def duplicate(self, partition: int, back: int) -> None: ...
     async def wipe_broker(self) -> None: ...
-    async def consume(self, partition: int, limit: int, crash: Crash) -> None: ...
+    async def consume(self, partition: int, limit: int, crash: Crash) -> None:
+        """Takes the next audit events. A process that dies takes the consumers of jobs with it."""
+
+    async def schedule(self, partition: int, limit: int, crash: Crash) -> None:
+        """Takes the next jobs and retries. Where it dies before it commits, the schedule has them, and their
+        places are not noted."""
+
     async def restart_store(self) -> None: ...
     async def wipe_store(self) -> None: ...
     async def check(self) -> None:
@@ -81,6 +90,9 @@ class World(Protocol):
 
     async def records(self) -> dict[str, StoredRecord]: ...
     async def notes(self) -> list[int]: ...
+    async def jobs(self) -> list[int]:
+        """What the schedule has."""
+
     async def held(self, gateway: int) -> int:
         """How many events the gateway's spool still has."""
 
@@ -117,6 +129,7 @@ class Director:
     life: list[int] = field(default_factory=lambda: [0] * GATEWAYS)
     lost_lives: set[tuple[int, int]] = field(default_factory=set)
     noted: dict[int, tuple[int, int]] = field(default_factory=dict)
+    submitted: dict[int, tuple[int, int]] = field(default_factory=dict)
     uncertain: set[str] = field(default_factory=set)
     """Requests whose events a power loss took from a spool."""
     cut: set[str] = field(default_factory=set)
@@ -140,6 +153,7 @@ class Director:
     def _weights(self) -> dict[str, int]:
         weights = {
             "start": 22, "end": 16, "reject": 3, "note": 3, "publish": 24, "sync": 14, "consume": 24,
+            "job": 8, "schedule": 10,
             "crash": 3, "open": 8, "lose": 1, "land_delayed": 3, "duplicate": 3, "wipe_broker": 1,
             "restart_store": 2, "check": 3, "advance": 4, "cut": 2, "mend": 3,
         }  # fmt: skip
@@ -215,6 +229,19 @@ class Director:
             number = len(self.noted)
             await self.world.note(gateway, number)
             self.noted[number] = (gateway, self.life[gateway])
+
+    async def _job(self, gateway: int, *_: float) -> None:
+        if gateway in self.alive:
+            number = len(self.submitted)
+            await self.world.job(gateway, number)
+            self.submitted[number] = (gateway, self.life[gateway])
+
+    async def _schedule(self, gateway: int, size: float, luck: float, *_: float) -> str | None:
+        if "store-broker" in self.cut:
+            return None
+        crash = Crash.NEVER if luck < 0.8 else Crash.BEFORE_COMMIT if luck < 0.95 else Crash.AFTER_COMMIT
+        await self.world.schedule(gateway % PARTITIONS, 1 + int(size * 6), crash)
+        return crash.name
 
     async def _publish(self, gateway: int, size: float, luck: float, which: float, *_: float) -> str | None:
         if gateway not in self.alive:
@@ -296,6 +323,7 @@ class Director:
                 await self.world.publish(gateway, 1000, Fate.TAKEN)
             for partition in range(PARTITIONS):
                 await self.world.consume(partition, 1000, Crash.NEVER)
+                await self.world.schedule(partition, 1000, Crash.NEVER)
             for gateway in range(GATEWAYS):
                 await self.world.sync(gateway, answered=True)
             await self.world.check()
@@ -328,13 +356,16 @@ class Director:
                 assert truth.gateway in fenced, f"{request_id} was closed without a fence"
             else:
                 assert found.outcome == (truth.outcome or ABORTED), f"{request_id}: {found} but {truth}"
-        stored = await self.world.notes()
-        assert len(stored) == len(set(stored)), "a note is stored twice"
-        if not self.store_wiped:
-            kept = {n for n, life in self.noted.items() if life not in self.lost_lives}
-            if not self.with_power_loss:
-                assert kept <= set(stored), f"notes are missing: {kept - set(stored)}"
-                assert await self.world.settled_by_logging() == 0, "an outcome was taken for lost"
+        for what, all_of_them, stored in (
+            ("note", self.noted, await self.world.notes()),
+            ("job", self.submitted, await self.world.jobs()),
+        ):
+            assert len(stored) == len(set(stored)), f"a {what} is stored twice"
+            if not self.store_wiped and not self.with_power_loss:
+                kept = {n for n, life in all_of_them.items() if life not in self.lost_lives}
+                assert kept <= set(stored), f"{what}s are missing: {kept - set(stored)}"
+        if not self.store_wiped and not self.with_power_loss:
+            assert await self.world.settled_by_logging() == 0, "an outcome was taken for lost"
 
 
 async def play(make: Callable[[], World], seeds: Iterable[int], **settings: bool | int) -> int:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import time
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 
 from services.logging.stores.memory import MemoryStore
@@ -39,7 +40,7 @@ class World:
         self.spool = make_spool(folder / "spool.db")
         self.relay = make_relay(self.spool, self.publisher, self.watermarks, **options)
         self.store = MemoryStore()
-        self.logging = LoggingProcess(self.store, lambda: MemorySource(self.broker), self.watermarks)
+        self.logging = LoggingProcess(self.store, partial(MemorySource, self.broker), self.watermarks)
 
     def empty(self) -> bool:
         return not self.spool.ledger.held_events
@@ -164,7 +165,7 @@ async def test_a_silent_producer_reports_all_the_same(tmp_path: Path) -> None:
         clock=clock,
     )
     relay = Relay(spool, MemoryPublisher(MemoryBroker()), watermarks, clock, plan=PublishPlan())
-    logging = LoggingProcess(MemoryStore(), lambda: MemorySource(MemoryBroker()), watermarks, clock=clock)
+    logging = LoggingProcess(MemoryStore(), partial(MemorySource, MemoryBroker()), watermarks, clock=clock)
     async with running(spool, logging, relay):
         await eventually(lambda: len(watermarks.reports) == 1)
         for number in range(2, 5):

@@ -6,12 +6,9 @@ from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 
 from services.logging.store import (
-    MAX_DEAD_LETTERS,
-    MAX_DEAD_VALUE_BYTES,
     Applied,
     Batch,
     Cursor,
-    DeadLetter,
     RecordFilter,
     RequestRecord,
 )
@@ -47,7 +44,6 @@ class MemoryStore:
     _epochs: dict[str, int] = field(default_factory=dict)
     _fenced: dict[str, int] = field(default_factory=dict)
     _offsets: dict[str, dict[int, int]] = field(default_factory=dict)
-    _dead: dict[tuple[int, int], DeadLetter] = field(default_factory=dict)
     _position: int = 0
 
     async def start(self) -> None:
@@ -68,13 +64,6 @@ class MemoryStore:
                 self._intent(event.producer, event.place, event.record, now_us)
             else:
                 late += self._outcome(event.record, now_us)
-        for letter in batch.dead:
-            if letter.place is not None:
-                self._track(letter.producer, letter.place, 1)
-            value = letter.value[:MAX_DEAD_VALUE_BYTES]
-            self._dead.setdefault((letter.partition, letter.offset), replace(letter, value=value, place=None))
-            if len(self._dead) > MAX_DEAD_LETTERS:
-                del self._dead[next(iter(self._dead))]
         self._offsets.setdefault(batch.topic, {}).update(batch.offsets)
         return Applied(self._position, late)
 
@@ -134,9 +123,6 @@ class MemoryStore:
         found = sorted(self._matching(which), key=lambda record: record.position)
         page = [record for record in found if record.position > after_position][:limit]
         return page, page[-1].position if len(page) == limit else max(self._position, after_position)
-
-    async def dead_letters(self, limit: int) -> list[DeadLetter]:
-        return list(self._dead.values())[:limit]
 
     async def other_events(self, limit: int) -> list[tuple[str, Place, str, bytes]]:
         found = [(p, place, other.kind, other.body) for (p, place), other in self._others.items()]

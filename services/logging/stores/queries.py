@@ -53,18 +53,6 @@ CREATE TABLE offsets (
     next_offset INTEGER NOT NULL,
     PRIMARY KEY (topic, partition)
 ) WITHOUT ROWID;
-CREATE TABLE dead_letters (
-    number INTEGER PRIMARY KEY AUTOINCREMENT,
-    topic TEXT NOT NULL,
-    partition INTEGER NOT NULL,
-    offset INTEGER NOT NULL,
-    reason TEXT NOT NULL,
-    key BLOB NOT NULL,
-    value BLOB NOT NULL,
-    producer TEXT NOT NULL,
-    time_us INTEGER NOT NULL,
-    UNIQUE (topic, partition, offset)
-);
 CREATE TABLE counters (name TEXT PRIMARY KEY, value INTEGER NOT NULL) WITHOUT ROWID;
 INSERT INTO counters VALUES ('position', 0);
 """
@@ -89,10 +77,6 @@ WHERE outcome IS NULL
 """
 INSERT_OTHER = """
 INSERT OR IGNORE INTO other_events (producer, epoch, sequence, kind, time_us, body) VALUES (?, ?, ?, ?, ?, ?)
-"""
-INSERT_DEAD = """
-INSERT OR IGNORE INTO dead_letters (topic, partition, offset, reason, key, value, producer, time_us)
-VALUES (?, ?, ?, ?, ?, ?, ?, ?)
 """
 CLOSE = """
 UPDATE requests SET outcome = ?, ended = ?, closed_by_logging = 1, position = ?, store_time_us = ?

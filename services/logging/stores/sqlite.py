@@ -7,12 +7,9 @@ import sqlite3
 from pathlib import Path
 
 from services.logging.store import (
-    MAX_DEAD_LETTERS,
-    MAX_DEAD_VALUE_BYTES,
     Applied,
     Batch,
     Cursor,
-    DeadLetter,
     RecordFilter,
     RequestRecord,
 )
@@ -81,18 +78,6 @@ class SqliteStore:
         self, which: RecordFilter, after_position: int, limit: int
     ) -> tuple[list[RequestRecord], int]:
         return await self._file.reading(lambda db: queries.changed(db, which, after_position, limit))
-
-    async def dead_letters(self, limit: int) -> list[DeadLetter]:
-        return await self._file.reading(
-            lambda db: [
-                DeadLetter(*row)
-                for row in db.execute(
-                    "SELECT partition, offset, reason, key, value, producer FROM dead_letters"
-                    " ORDER BY number LIMIT ?",
-                    (limit,),
-                )
-            ]
-        )
 
     async def other_events(self, limit: int) -> list[tuple[str, Place, str, bytes]]:
         return await self._file.reading(
@@ -169,28 +154,6 @@ def _apply(db: sqlite3.Connection, batch: Batch, now_us: int) -> Applied:
                 "SELECT ended FROM requests WHERE request_id = ?", (record.request_id,)
             ).fetchone()
             late += ended != record.body
-    for letter in batch.dead:
-        if letter.place is not None:
-            progress.of(letter.producer, letter.place.epoch).add(letter.place.sequence)
-        value = letter.value[:MAX_DEAD_VALUE_BYTES]
-        db.execute(
-            queries.INSERT_DEAD,
-            (
-                batch.topic,
-                letter.partition,
-                letter.offset,
-                letter.reason,
-                letter.key,
-                value,
-                letter.producer,
-                now_us,
-            ),
-        )
-    if batch.dead:
-        db.execute(
-            "DELETE FROM dead_letters WHERE number <= (SELECT max(number) FROM dead_letters) - ?",
-            (MAX_DEAD_LETTERS,),
-        )
     progress.save()
     db.executemany(
         "INSERT OR REPLACE INTO offsets VALUES (?, ?, ?)",

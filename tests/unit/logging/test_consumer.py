@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from pathlib import Path
 
 from opentelemetry import trace
@@ -10,6 +11,7 @@ from opentelemetry.sdk.trace.export import SimpleSpanProcessor
 from opentelemetry.sdk.trace.export.in_memory_span_exporter import InMemorySpanExporter
 
 from services.logging import consumer as consumer_module
+from services.logging.schedule.store import DeadLetter, DeadLetterFilter
 from services.logging.store import RecordFilter
 from services.logging.stores.memory import MemoryStore
 from services.logging.stores.sqlite import SqliteStore
@@ -31,8 +33,14 @@ from tests.framework.waiting import eventually
 
 def process(broker: MemoryBroker, clock: ManualClock | None = None, **options: float) -> LoggingProcess:
     return LoggingProcess(
-        MemoryStore(), lambda: MemorySource(broker), DirectWatermarks(), clock=clock, **options
+        MemoryStore(), partial(MemorySource, broker), DirectWatermarks(), clock=clock, **options
     )
+
+
+async def dead_letters(logging: LoggingProcess) -> list[DeadLetter]:
+    """Those that belong to no tenant, with their bytes."""
+    found = await logging.scheduled.dead_letters(DeadLetterFilter(unreadable=True), 1000, None)
+    return [(await logging.scheduled.dead_letter(letter.dead_letter_id, ""))[0] for letter in found]
 
 
 async def test_poison_among_good_records_becomes_dead_letters(tmp_path: Path) -> None:
@@ -47,9 +55,12 @@ async def test_poison_among_good_records_becomes_dead_letters(tmp_path: Path) ->
             await relay.publish_once()
         await eventually(lambda: logging.source.positions() == {0: 60})
         assert set((await outcomes(logging._store)).values()) == {"SUCCEEDED"}
-        letters = await logging._store.dead_letters(100)
-        assert [letter.value for letter in letters] == [b"\xff poison %d" % number for number in range(20)]
-        assert {letter.reason for letter in letters} == {"not an EventEnvelope"}
+        letters = await dead_letters(logging)
+        assert {letter.raw for letter in letters} == {b"\xff poison %d" % number for number in range(20)}
+        assert {letter.detail for letter in letters} == {"It cannot be read: not an EventEnvelope."}
+        assert {(letter.topic, letter.error_reason) for letter in letters} == {
+            ("llmos.audit.v1", "DATA_CORRUPT")
+        }
         assert logging.source.committed == {0: 60}  # type: ignore[attr-defined]
 
 
@@ -107,7 +118,7 @@ async def test_a_broker_that_is_away_is_no_reason_to_refuse_queries() -> None:
 async def test_a_database_that_fails_is_told_by_health(tmp_path: Path) -> None:
     broker = MemoryBroker()
     store = SqliteStore(tmp_path / "audit.db")
-    logging = LoggingProcess(store, lambda: MemorySource(broker), DirectWatermarks())
+    logging = LoggingProcess(store, partial(MemorySource, broker), DirectWatermarks())
     spool = make_spool(tmp_path / "spool.db")
     async with running(spool, logging):
         await eventually(lambda: logging.source.opened == 1)  # type: ignore[attr-defined]
