@@ -49,29 +49,29 @@ def test_a_reader_sees_its_own_tenant_only() -> None:
 
 
 async def test_a_tail_gives_the_last_records_and_then_follows(log: AuditLog) -> None:
-    await log.take("t", intents("a", "b", "c"), [], {})
-    await log.take("t", intents("other", tenant_id="tenant-b"), [], {})
+    await log.take("t", intents("a", "b", "c"), {})
+    await log.take("t", intents("other", tenant_id="tenant-b"), {})
     async with aclosing(log.tail(READER, RecordFilter(), last=2, after_position=None)) as tail:
         assert [(await anext(tail)).request_id for _ in range(2)] == ["b", "c"]
         following = asyncio.ensure_future(anext(tail))
-        await log.take("t", intents("another", tenant_id="tenant-b", first=9), [], {})
-        await log.take("t", intents("d", first=4), [], {})
+        await log.take("t", intents("another", tenant_id="tenant-b", first=9), {})
+        await log.take("t", intents("d", first=4), {})
         record = await asyncio.wait_for(following, 5)
         assert record.request_id == "d"
         position = record.position
-    await log.take("t", intents("e", first=5), [], {})
+    await log.take("t", intents("e", first=5), {})
     async with aclosing(log.tail(READER, RecordFilter(), last=0, after_position=position)) as tail:
         assert (await anext(tail)).request_id == "e"
 
 
 async def test_a_tail_reads_more_than_a_page(log: AuditLog) -> None:
-    await log.take("t", intents(*(f"r{n}" for n in range(450))), [], {})
+    await log.take("t", intents(*(f"r{n}" for n in range(450))), {})
     async with aclosing(log.tail(READER, RecordFilter(), last=0, after_position=0)) as tail:
         assert [(await anext(tail)).request_id for _ in range(450)] == [f"r{n}" for n in range(450)]
 
 
 async def test_tails_are_limited(log: AuditLog) -> None:
-    await log.take("t", intents("a"), [], {})
+    await log.take("t", intents("a"), {})
     tails = [log.tail(READER, RecordFilter(), last=1, after_position=None) for _ in range(3)]
     await anext(tails[0])
     await anext(tails[1])
@@ -98,7 +98,7 @@ class Request:
 
 
 async def test_search_pages_through_the_servicer(log: AuditLog) -> None:
-    await log.take("t", intents(*(f"r{n}" for n in range(7))), [], {})
+    await log.take("t", intents(*(f"r{n}" for n in range(7))), {})
     servicer = AuditServicer(log)
     found: list[str] = []
     token = ""
@@ -145,7 +145,7 @@ async def test_only_the_gateway_speaks_for_readers(log: AuditLog) -> None:
 
 
 async def test_a_producer_learns_its_watermarks(log: AuditLog) -> None:
-    await log.take("t", intents("a", "b", "d"), [], {})
+    await log.take("t", intents("a", "b", "d"), {})
     request = watermark_service_pb2.SyncProducerRequest(producer="tenant-a", epoch=1)
     request.held.add(epoch=1, floor_sequence=1, last_sequence=3)
     with Request(None, "service:gateway"):
