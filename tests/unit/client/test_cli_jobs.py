@@ -7,6 +7,7 @@ import os
 import subprocess
 import sys
 from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
 
 import grpc
@@ -21,6 +22,7 @@ from tests.framework import scripted_gateway, scripted_jobs
 from tests.framework.scripted_gateway import Fail, Hang, ScriptedGateway
 from tests.framework.scripted_jobs import CANCELLED, FAILED, RUNNING, SUCCEEDED, WAITING
 from tests.framework.terminals import Terminal
+from tests.framework.warm_command import WarmCommand
 
 COMMAND = [sys.executable, "-m", "llmos_client.cli", "jobs"]
 DEADLINE_S = 20.0
@@ -32,31 +34,29 @@ def gateway() -> Iterator[ScriptedGateway]:
         yield server
 
 
+@dataclass(frozen=True)
 class Jobs:
-    """Runs the command with pipes."""
+    """Runs the command with files for its streams."""
 
-    def __init__(self, environment: dict[str, str], folder: Path) -> None:
-        self.environment = environment
-        self.folder = folder
+    command: WarmCommand
+    environment: dict[str, str]
+    folder: Path
 
     def __call__(self, *arguments: str, given: str = "") -> subprocess.CompletedProcess[str]:
-        return subprocess.run(
-            [*COMMAND, *arguments],
-            input=given,
-            env=self.environment,
-            cwd=self.folder,
-            capture_output=True,
-            text=True,
-            timeout=DEADLINE_S,
-            check=False,
-        )
+        return self.command("jobs", *arguments, environment=self.environment, folder=self.folder, given=given)
+
+
+@pytest.fixture(scope="module")
+def command() -> Iterator[WarmCommand]:
+    with WarmCommand() as started:
+        yield started
 
 
 @pytest.fixture
-def jobs(gateway: ScriptedGateway, tmp_path: Path) -> Jobs:
+def jobs(gateway: ScriptedGateway, command: WarmCommand, tmp_path: Path) -> Jobs:
     own = {name: value for name, value in os.environ.items() if not name.startswith("LLMOS_")}
     told = {"LLMOS_TARGET": gateway.target, "LLMOS_MODEL": "echo", "TERM": "dumb", "COLUMNS": "200"}
-    return Jobs(own | told, tmp_path)
+    return Jobs(command, own | told, tmp_path)
 
 
 def test_one_job_with_options_and_its_id_alone_on_stdout(gateway: ScriptedGateway, jobs: Jobs) -> None:
