@@ -237,7 +237,9 @@ async def test_ids_are_forgotten_in_the_end(make_schedule: MakeStore) -> None:
     await store.discard("job-1", "", NOW)
     await store.sweep(NOW + 9 * S, 10)
     assert (await store.accept([requested()], NOW)).job_ids == ()
+    assert await store.is_gone("job-1")
     await store.sweep(NOW + 10 * S, 10)
+    assert not await store.is_gone("job-1")
     assert (await store.accept([requested()], NOW)).job_ids == ("job-1",)
     await store.stop()
 

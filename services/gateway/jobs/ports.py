@@ -164,7 +164,8 @@ class SchedulePort(Protocol):
         """Whether it was taken; False: the claim is another's by now."""
 
     async def get(self, job_id: str, *, wait_s: float = 0.0) -> tuple[ScheduledJob, Sealed | None]:
-        """A job, and its result where it has one."""
+        """A job, and its result where it has one. NotFound has the metadata `gone` where there was one: no
+        other comes with its id."""
 
     async def list_jobs(
         self,

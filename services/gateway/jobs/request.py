@@ -61,9 +61,6 @@ class JobParser:
         content = job_service_pb2.SubmitJobRequest()
         content.CopyFrom(message)
         content.ClearField("idempotency_key")
-        result_ttl_s = _seconds(message.result_ttl) or DAY_S
-        if message.idempotency_key and result_ttl_s < DAY_S:
-            raise _refused("result_ttl", "must be 24 hours at least for a job with an idempotency key")
         return ValidSubmission(
             work=work,
             content=content.SerializeToString(deterministic=True),
@@ -71,7 +68,7 @@ class JobParser:
             not_before=self._not_before(message),
             max_attempts=message.max_attempts or DEFAULT_MAX_ATTEMPTS,
             give_up_after_s=_seconds(message.give_up_after) or DAY_S,
-            result_ttl_s=result_ttl_s,
+            result_ttl_s=_seconds(message.result_ttl) or DAY_S,
             priority=JobPriority(message.priority or JobPriority.NORMAL),
             labels=dict(message.labels),
         )

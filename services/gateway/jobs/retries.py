@@ -71,5 +71,6 @@ class Retries:
         # A copy: others may have failed with the same one, as those do that wait for one answer.
         named = copy.copy(error)
         named.metadata = error.metadata | {"job_id": job.job_id}
+        named.retryable, named.retry_after_s = False, None
         named.hint = f"The request goes on as the job {job.job_id}: do not repeat it."
         return named

@@ -38,7 +38,7 @@ KNOWN_WAIT_S = 2.0
 """How long an answer waits for the schedule to know the job."""
 LOOKUP_TIMEOUT_S = 2.5
 MAX_TIMES_A_DAY = 8
-"""An idempotency key may be used anew where its job is gone, for it was discarded; so often."""
+"""An idempotency key may be used anew where its job is gone, discarded or with its result; so often."""
 WINDOW = 32
 """Jobs of one call that are on their way to the disk at once."""
 _EPOCH = datetime(1970, 1, 1, tzinfo=UTC)

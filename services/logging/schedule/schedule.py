@@ -148,8 +148,11 @@ class Schedule:
     async def get(
         self, reader: Identity, job_id: str, *, wait_s: float = 0.0
     ) -> tuple[Job, Sealed | None, Sealed | None]:
-        """A job, its sealed request and its result, as far as they are kept. Raises NotFound."""
+        """A job, its sealed request and its result, as far as they are kept. Raises NotFound; its metadata
+        has `gone` where there was such a job, so that none can come with this id."""
         found = await self._visible(reader, job_id)
+        if found is None and await self._store.is_gone(job_id):
+            raise no_job(gone=True)
         if found is not None or wait_s <= 0:
             return _or_none(found)
         end_s = self._clock.monotonic() + min(wait_s, MAX_GET_WAIT_S)

@@ -223,6 +223,9 @@ class ScheduleStore(Protocol):
     async def get(self, job_id: str) -> tuple[Job, Sealed | None, Sealed | None] | None:
         """A job, its sealed request where it is still there, and its result."""
 
+    async def is_gone(self, job_id: str) -> bool:
+        """Whether there was such a job, and its id is still remembered."""
+
     async def list_jobs(
         self,
         which: JobFilter,

@@ -340,9 +340,13 @@ def _is_cancelled(batch: Job) -> bool:
     return batch.cancel_asked or batch.state is JobState.CANCELLED
 
 
-def no_job() -> NotFound:
+def no_job(*, gone: bool = False) -> NotFound:
     """Another tenant's may as well not exist."""
-    return NotFound("No such job.", hint="Check the id; a job is forgotten some time after it has ended.")
+    return NotFound(
+        "No such job.",
+        hint="Check the id; a job is forgotten some time after it has ended.",
+        metadata={"gone": "true"} if gone else {},
+    )
 
 
 def no_dead_letter() -> NotFound:

@@ -164,6 +164,9 @@ async def test_on_http_a_header_asks_for_it_and_one_names_the_job() -> None:
         )
     assert plain.status_code == asked.status_code == 503
     assert "x-llmos-job-id" not in plain.headers
+    assert plain.headers["x-should-retry"] == "true"
+    assert asked.headers["x-should-retry"] == "false", "who repeats it has it done twice"
+    assert "retry-after" not in asked.headers
     (event,) = jobs.spool.events
     assert isinstance(event, RetryRequested)
     assert asked.headers["x-llmos-job-id"] == event.job.job_id

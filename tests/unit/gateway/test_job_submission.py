@@ -108,7 +108,6 @@ async def test_its_result_is_opened_for_its_tenant_alone(tmp_path: Path) -> None
 
 REFUSED: list[tuple[dict[str, Any], type[errors.LlmosError], str]] = [
     ({"max_attempts": 21}, errors.RequestInvalid, "max_attempts"),
-    ({"result_ttl": Duration(seconds=60), "idempotency_key": "k"}, errors.RequestInvalid, "result_ttl"),
     ({"not_before_time": at(datetime(2999, 1, 1, tzinfo=UTC))}, errors.RequestInvalid, "not_before_time"),
     *(
         ({"webhook": pb.Webhook(url=url, secret=WEBHOOK_SECRET)}, errors.RequestInvalid, "webhook.url")
@@ -192,44 +191,6 @@ async def test_policy_is_that_of_the_request_inside(tmp_path: Path) -> None:
     assert isinstance(denied, errors.PolicyDenied)
     assert not served.jobs.spool.events
     assert served.bench.audit.ended[-1].outcome is Outcome.REJECTED
-
-
-async def test_a_repeat_is_the_same_job(tmp_path: Path) -> None:
-    clock = ManualClock()
-    bench = Bench([FakeReplica()], callers=dict(CALLERS), clock=clock)
-    async with jobs_served(tmp_path, bench) as served:
-        first = await served.submit(idempotency_key="k")
-        again = await served.submit(idempotency_key="k")
-        keyless = await served.submit()
-        theirs = await served.submit("other-key", idempotency_key="k")
-        mismatch = await refused(
-            served.stub.SubmitJob(submission("another", idempotency_key="k"), metadata=AUTH)
-        )
-        await clock.advance(23 * 3600)
-        next_day = await served.submit(idempotency_key="k")
-        await clock.advance(3601)
-        later = await served.submit(idempotency_key="k")
-    assert first.id == again.id == next_day.id
-    assert len({first.id, keyless.id, theirs.id, later.id}) == 4
-    assert isinstance(mismatch, errors.IdempotencyMismatch)
-    assert mismatch.metadata["job_id"] == first.id
-    assert len(served.jobs.spool.events) == 4
-
-
-async def test_a_repeat_while_the_schedule_is_away_is_the_same_job(tmp_path: Path) -> None:
-    async with jobs_served(tmp_path) as served:
-        served.jobs.schedule.away = True
-        served.jobs.spool.held = True
-        first = await served.submit(idempotency_key="k")
-        again = await served.submit(idempotency_key="k")
-        assert first.state == pb.JOB_STATE_WAITING
-        away = await refused(served.stub.GetJob(pb.GetJobRequest(id=first.id), metadata=AUTH))
-        served.jobs.schedule.away = False
-        await served.jobs.spool.release()
-        counts = await served.stub.CountJobs(pb.CountJobsRequest(), metadata=AUTH)
-    assert first.id == again.id
-    assert isinstance(away, errors.DependencyUnavailable)
-    assert counts.waiting == 1
 
 
 async def test_no_job_is_answered_that_is_not_on_the_disk(tmp_path: Path) -> None:

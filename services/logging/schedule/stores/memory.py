@@ -253,6 +253,9 @@ class MemoryScheduleStore(WritingStore):
             return None
         return job, rows.sealed(job_id, Purpose.REQUEST), rows.sealed(job_id, Purpose.RESULT)
 
+    async def is_gone(self, job_id: str) -> bool:
+        return self._rows.is_known(job_id) and self._rows.job(job_id) is None
+
     async def list_jobs(
         self,
         which: JobFilter,

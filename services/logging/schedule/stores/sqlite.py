@@ -66,6 +66,9 @@ class SqliteScheduleStore(WritingStore):
 
         return await self._reading(find)
 
+    async def is_gone(self, job_id: str) -> bool:
+        return await self._reading(lambda rows: rows.is_known(job_id) and rows.job(job_id) is None)
+
     async def list_jobs(
         self,
         which: JobFilter,
