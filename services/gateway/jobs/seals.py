@@ -69,6 +69,17 @@ class PayloadSeals:
         key = self._derived(self._first, f"hash {purpose}".encode(), tenant_id)
         return hmac.digest(key, text, hashlib.sha256)
 
+    @property
+    def key_id(self) -> str:
+        """The key that seals now."""
+        return self._first
+
+    def derive(self, key_id: str, tenant_id: str, info: bytes) -> bytes:
+        """32 bytes for a file of the tenant's. Raises DataCorrupt where there is no such key."""
+        if key_id not in self._keys:
+            raise DataCorrupt("The file was sealed with a key that this deployment does not have.")
+        return hmac.digest(self._derived(key_id, b"file", tenant_id), info, hashlib.sha256)
+
     def _derive(self, key_id: str, use: bytes, tenant_id: str) -> bytes:
         return _hkdf(self._keys[key_id], _packed(_CONTEXT, use, tenant_id.encode()), KEY_BYTES)
 
@@ -83,6 +94,13 @@ class NoSeals:
         raise _no_key()
 
     def keyed_hash(self, tenant_id: str, purpose: str, text: bytes) -> bytes:
+        raise _no_key()
+
+    @property
+    def key_id(self) -> str:
+        raise _no_key()
+
+    def derive(self, key_id: str, tenant_id: str, info: bytes) -> bytes:
         raise _no_key()
 
 
