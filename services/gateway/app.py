@@ -22,10 +22,9 @@ from services.gateway.admission.permits import Admission, AdmissionLimits
 from services.gateway.auditing import AuditTrail
 from services.gateway.authentication import GatewayAuthenticator, OpenMethodGuard
 from services.gateway.authorisation import Authorisation
-from services.gateway.cache.answers import AnswerCache
-from services.gateway.cache.memory import MemoryCache
-from services.gateway.cache.ports import ResponseCache
-from services.gateway.cache.redis_cache import RedisCache
+from services.gateway.batches.assembly import build_batches
+from services.gateway.batches.working import BatchJobs
+from services.gateway.cache.assembly import answer_cache
 from services.gateway.clients import GrpcAuditLog, GrpcAuth, GrpcInference, GrpcRenewal
 from services.gateway.completion import Completions
 from services.gateway.cutting import RunningCredentials
@@ -48,7 +47,7 @@ from services.gateway.oauth.http import OAuthRoutes
 from services.gateway.oauth.outcomes import Outcomes
 from services.gateway.oauth.servicer import TokenServicer
 from services.gateway.policy_view import PolicyView
-from services.gateway.redis import Redis, connect
+from services.gateway.redis import connect
 from services.gateway.request import RequestParser
 from services.gateway.routing import Replica, Router
 from services.gateway.servicer import (
@@ -67,6 +66,7 @@ from services.mesh.channel import Channel
 from services.mesh.clock import Clock
 from services.mesh.health import Health
 from services.mesh.interceptors import Chain, server_chain
+from services.mesh.jobs import JobKind
 from services.mesh.jwks import KEYS, FirstKeys, JwksCache
 from services.mesh.kafka import KafkaPublisher
 from services.mesh.relay import Relay
@@ -229,18 +229,21 @@ async def build(settings: GatewaySettings, clock: Clock) -> App:
         max_messages=settings.max_messages,
     )
     jobs = build_jobs(settings, clock, log=log, spool=spool, parser=parser, authorisation=authorisation)
+    batches = build_batches(settings, clock, jobs, chain=chain, proxies=proxies, spool=spool, parser=parser)
+    identities = RenewedIdentities(GrpcRenewal(auth), verifier, revoked, clock)
     worker = build_worker(
         settings,
         clock,
         links=chain.links,
         health=health,
-        identities=RenewedIdentities(GrpcRenewal(auth), verifier, revoked, clock),
+        identities=identities,
         completions=completions,
         admission=admission,
         router=router,
         schedule=jobs.schedule,
         seals=jobs.seals,
         payloads=SealedPayloads(parser),
+        more={JobKind.BATCH: BatchJobs(batches.runner, identities)},
     )
 
     # The two edges.
@@ -303,7 +306,7 @@ async def build(settings: GatewaySettings, clock: Clock) -> App:
         health=health,
         clock=clock,
         max_body_bytes=settings.http_max_body_bytes,
-        routes=oauth.routes(),
+        routes=[*oauth.routes(), *batches.routes],
         proxies=proxies,
     )
     http = HttpServer(
@@ -347,22 +350,11 @@ async def build(settings: GatewaySettings, clock: Clock) -> App:
             router,
             FirstReplica(router, health, clock),
             *jobs.components,
+            *batches.components,
             *worker,
         ),
         edges=(http,),
     )
-
-
-def answer_cache(settings: GatewaySettings, redis: Redis | None, router: Router, clock: Clock) -> AnswerCache:
-    """In Redis where there is one, else in memory, unless it is switched off."""
-    kept: ResponseCache | None = None
-    max_bytes, max_entry_bytes = settings.cache_max_bytes, settings.cache_max_entry_bytes
-    ttl_s = settings.cache_ttl_s
-    if max_bytes and redis is not None:
-        kept = RedisCache(redis, max_entry_bytes=max_entry_bytes, ttl_s=ttl_s)
-    elif max_bytes:
-        kept = MemoryCache(clock, max_bytes=max_bytes, max_entry_bytes=max_entry_bytes, ttl_s=ttl_s)
-    return AnswerCache(kept, router, clock, max_flight_bytes=max_bytes)
 
 
 async def add_pending(server: GrpcServer) -> None:

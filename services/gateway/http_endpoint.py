@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Mapping
+
+from starlette.routing import Route
 
 from services.gateway.http_exchange import Exchange, Receive, Scope, Send
 from services.mesh.clock import Clock
@@ -72,6 +74,21 @@ class Endpoint:
                     "The reader took nothing for too long, so the stream was ended."
                 ) from None
             raise
+
+
+class ByMethod:
+    """An ASGI application: one path, and an endpoint for each method that it takes."""
+
+    def __init__(self, endpoints: Mapping[str, Endpoint]) -> None:
+        self.endpoints = endpoints
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        method = "GET" if scope["method"] == "HEAD" else scope["method"]
+        await self.endpoints[method](scope, receive, send)
+
+    def at(self, path: str) -> Route:
+        """Its route, which refuses other methods and names these."""
+        return Route(path, self, methods=list(self.endpoints))
 
 
 def _timeout_s(value: str | None) -> tuple[float | None, LlmosError | None]:

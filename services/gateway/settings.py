@@ -123,6 +123,33 @@ class GatewaySettings(KafkaSettings):
     """Jobs that this gateway runs at once; 0: as many as `batch_share` lets the models have."""
     job_lease_s: float = Field(default=15, ge=3, le=600)
     """A gateway that is silent for so long loses the jobs that it runs to others."""
+
+    files_dir: Path | None = None
+    """Where the files of batches lie, encrypted; not set: `files` in `state_dir`. Several gateways need one
+    that they share, or a bucket; else they offer no files."""
+    files_s3_endpoint: str = ""
+    """An S3-compatible object store for them in place of a folder, such as `https://s3.example`."""
+    files_s3_bucket: str = ""
+    files_s3_prefix: str = ""
+    """Before the names of objects, where the bucket holds other things too."""
+    files_s3_region: str = "us-east-1"
+    files_s3_access_key_id: str = ""
+    files_s3_secret_key_file: Path | None = None
+    """Holds the secret access key."""
+    files_s3_ca_file: Path | None = None
+    """Who signed the store's certificate; not set: the system's authorities."""
+    files_max_bytes: int = Field(default=200 * MIB, ge=1024, le=4096 * MIB)
+    """Of a file that is uploaded."""
+    files_max_tenant_bytes: int = Field(default=10 * 1024 * MIB, ge=1024)
+    """Of all files of a tenant; more are refused."""
+    files_max_per_tenant: int = Field(default=1000, ge=1, le=10_000)
+    files_ttl_s: int = Field(default=30 * 86_400, ge=3600, le=180 * 86_400)
+    """How long a file is kept that names no other time."""
+    files_upload_timeout_s: PositiveSeconds = 300
+    """From the first byte of an upload to its last."""
+    batch_max_requests: int = Field(default=50_000, ge=1, le=1_000_000)
+    """Of one batch."""
+
     webhook_allow_http: bool = False
     """Whether a webhook may be told without TLS."""
     webhook_allowed_networks: Annotated[tuple[IPv4Network | IPv6Network, ...], NoDecode] = ()
@@ -194,6 +221,12 @@ class GatewaySettings(KafkaSettings):
                 )
         if 0 < self.max_total_tokens < self.max_tokens_limit:
             raise ValueError("max_total_tokens must not be below max_tokens_limit")
+        if self.files_s3_endpoint and not (
+            self.files_s3_bucket and self.files_s3_access_key_id and self.files_s3_secret_key_file
+        ):
+            raise ValueError(
+                "files_s3_endpoint needs files_s3_bucket, files_s3_access_key_id and files_s3_secret_key_file"
+            )
         if not self.tls and self.http_listen_host not in LOOPBACK and not self.allow_plaintext:
             raise ValueError(f"http_host {self.http_listen_host} is not loopback: configure TLS")
         return self

@@ -7,6 +7,7 @@ from contextlib import asynccontextmanager
 
 import openai
 
+from services.gateway.batches.assembly import build_batches
 from services.gateway.http import HttpEdge
 from services.gateway.http_cors import Cors
 from services.gateway.http_server import HttpLimits, HttpServer
@@ -112,7 +113,18 @@ async def serving(
         issuer=ISSUER,
         public_url=PUBLIC_URL,
     )
-    built = (jobs or JobBench(bench)).jobs
+    jobs = jobs or JobBench(bench)
+    built = jobs.jobs
+    batches = build_batches(
+        jobs.settings,
+        bench.clock,
+        built,
+        chain=chain,
+        proxies=TrustedProxies(bench.proxies),
+        spool=jobs.spool,
+        parser=RequestParser(max_tokens_limit=max_tokens_limit),
+        blobs=jobs.blobs,
+    )
     edge = HttpEdge(
         chain=chain,
         parser=RequestParser(max_tokens_limit=max_tokens_limit),
@@ -123,7 +135,7 @@ async def serving(
         health=health,
         clock=bench.clock,
         max_body_bytes=MAX_BODY_BYTES,
-        routes=oauth.routes(),
+        routes=[*oauth.routes(), *batches.routes],
         proxies=TrustedProxies(bench.proxies),
     )
     app = Cors(cors_origins).around(edge.app())

@@ -17,6 +17,7 @@ from services.mesh.clock import Clock
 from services.mesh.context import Caller, Identity, RequestContext
 from services.mesh.errors import DependencyUnavailable, LlmosError
 from services.mesh.jobs import JobRequested, RetryRequested, Sealed
+from tests.framework.blobs import MemoryBlobs
 from tests.framework.gateway_fakes import ALICE, MAX_TOKENS_LIMIT, Bench
 from tests.framework.jobs import new_seals
 from tests.framework.schedules import ScheduleInMemory
@@ -104,8 +105,10 @@ class JobBench:
         self.schedule = BreakableSchedule(bench.clock)
         self.spool = MemoryJobSpool(self.schedule)
         self.seals = seals or new_seals()
+        self.blobs = MemoryBlobs()
+        self.settings = GatewaySettings(service_secret_file=Path("nowhere"), **settings)
         self.jobs = assembled(
-            GatewaySettings(service_secret_file=Path("nowhere"), **settings),
+            self.settings,
             bench.clock,
             schedule=self.schedule,
             spool=self.spool,

@@ -7,7 +7,7 @@ from typing import Annotated
 
 import msgspec
 from msgspec import Meta, Struct
-from starlette.routing import BaseRoute, Route
+from starlette.routing import BaseRoute
 
 from services.gateway.auditing import RequestRecord, current_record
 from services.gateway.batches import answers
@@ -15,7 +15,7 @@ from services.gateway.batches.batches import Batches
 from services.gateway.batches.ports import ENDPOINTS, BatchWork
 from services.gateway.files.http import CANCEL, GET, LIST, SUBMIT, number_of, query_of
 from services.gateway.files.upload import MAX_TTL_S, MIN_TTL_S
-from services.gateway.http_endpoint import Endpoint
+from services.gateway.http_endpoint import ByMethod, Endpoint
 from services.gateway.http_exchange import Exchange
 from services.gateway.openai import parsing
 from services.gateway.openai.parsing import refuse
@@ -63,20 +63,17 @@ class BatchRoutes:
         self._proxies = proxies
 
     def routes(self) -> list[BaseRoute]:
-        def at(
-            path: str, verb: str, method: str, serve: Callable[[Exchange, RequestRecord], Awaitable[None]]
-        ) -> BaseRoute:
+        def audited(method: str, serve: Callable[[Exchange, RequestRecord], Awaitable[None]]) -> Endpoint:
             async def recorded(exchange: Exchange) -> None:
                 await serve(exchange, current_record())
 
-            endpoint = Endpoint(self._chain, self._clock, self._proxies, method, recorded)
-            return Route(path, endpoint, methods=[verb])
+            return Endpoint(self._chain, self._clock, self._proxies, method, recorded)
 
+        all_of_them = {"POST": audited(SUBMIT, self._create), "GET": audited(LIST, self._list)}
         return [
-            at("/v1/batches", "POST", SUBMIT, self._create),
-            at("/v1/batches", "GET", LIST, self._list),
-            at("/v1/batches/{id}", "GET", GET, self._get),
-            at("/v1/batches/{id}/cancel", "POST", CANCEL, self._cancel),
+            ByMethod(all_of_them).at("/v1/batches"),
+            ByMethod({"GET": audited(GET, self._get)}).at("/v1/batches/{id}"),
+            ByMethod({"POST": audited(CANCEL, self._cancel)}).at("/v1/batches/{id}/cancel"),
         ]
 
     async def _create(self, exchange: Exchange, record: RequestRecord) -> None:

@@ -13,12 +13,12 @@ from typing import Literal
 from urllib.parse import parse_qsl
 
 from msgspec import Struct
-from starlette.routing import BaseRoute, Route
+from starlette.routing import BaseRoute
 
 from services.gateway.auditing import RequestRecord, current_record
 from services.gateway.files.store import FileStore, Purpose, StoredFile
 from services.gateway.files.upload import FORM_MAX_BYTES, Upload, boundary_of
-from services.gateway.http_endpoint import Endpoint
+from services.gateway.http_endpoint import ByMethod, Endpoint
 from services.gateway.http_errors import unsupported_media_type
 from services.gateway.http_exchange import Exchange
 from services.gateway.openai.answers import encode
@@ -90,21 +90,19 @@ class FileRoutes:
         self._uploads = 0
 
     def routes(self) -> list[BaseRoute]:
-        def at(
-            path: str, verb: str, method: str, serve: Callable[[Exchange, RequestRecord], Awaitable[None]]
-        ) -> BaseRoute:
+        def audited(method: str, serve: Callable[[Exchange, RequestRecord], Awaitable[None]]) -> Endpoint:
             async def recorded(exchange: Exchange) -> None:
                 await serve(exchange, current_record())
 
-            endpoint = Endpoint(self._chain, self._clock, self._proxies, method, recorded)
-            return Route(path, endpoint, methods=[verb])
+            return Endpoint(self._chain, self._clock, self._proxies, method, recorded)
 
+        one = {"GET": audited(GET, self._stat), "DELETE": audited(CANCEL, self._delete)}
         return [
-            at("/v1/files", "POST", SUBMIT, self._create),
-            at("/v1/files", "GET", LIST, self._list),
-            at("/v1/files/{id}", "GET", GET, self._stat),
-            at("/v1/files/{id}", "DELETE", CANCEL, self._delete),
-            at("/v1/files/{id}/content", "GET", GET, self._content),
+            ByMethod({"POST": audited(SUBMIT, self._create), "GET": audited(LIST, self._list)}).at(
+                "/v1/files"
+            ),
+            ByMethod(one).at("/v1/files/{id}"),
+            ByMethod({"GET": audited(GET, self._content)}).at("/v1/files/{id}/content"),
         ]
 
     async def _create(self, exchange: Exchange, record: RequestRecord) -> None:

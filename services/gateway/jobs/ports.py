@@ -217,3 +217,10 @@ class Seals(Protocol):
 
     def keyed_hash(self, tenant_id: str, purpose: str, text: bytes) -> bytes:
         """32 bytes that tell nothing of `text` to who has not the key."""
+
+    @property
+    def key_id(self) -> str:
+        """The key that seals now."""
+
+    def derive(self, key_id: str, tenant_id: str, info: bytes) -> bytes:
+        """32 bytes for a file of the tenant's. Raises DataCorrupt where there is no such key."""

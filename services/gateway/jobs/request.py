@@ -101,11 +101,15 @@ class JobParser:
         policy: RetryPolicy | None,
     ) -> Retry | None:
         """How a request that was parsed already goes on where it fails. Raises MessageTooLarge."""
-        if policy is None:
-            return None
+        return None if policy is None else Retry(self.generation(spec, request, source_address), policy)
+
+    def generation(
+        self, spec: generation_pb2.GenerationSpec, request: ValidGeneration, source_address: str
+    ) -> ValidWork:
+        """Of a request that was parsed already. Raises MessageTooLarge."""
         payload = payload_pb2.RequestPayload(source_address=source_address)
         payload.work.generate.CopyFrom(spec)
-        return Retry(self._valid(request, payload, False), policy)
+        return self._valid(request, payload, False)
 
     def again(self, payload: bytes, again: Again) -> ValidWork:
         """What was sealed in a job, changed. Raises as `work`, or DataCorrupt."""

@@ -3,24 +3,22 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from typing import Any
 
 import msgspec
 
+from services.gateway.batches import document as batch_document
 from services.gateway.openai import chat, completions, responses
 from services.gateway.openai.answers import ErrorAnswer, ModelList, ModelObject
 from services.gateway.openai.chat import ChatMessage, ChatRequest
 from services.gateway.openai.chat_answers import ChatCompletion, ChatCompletionChunk
 from services.gateway.openai.completions import CompletionRequest
 from services.gateway.openai.completions_answers import Completion
+from services.gateway.openai.document_parts import REFS, Json, headers, reads, ref, refs
 from services.gateway.openai.parsing import Harmless
 from services.gateway.openai.request import Rules, rules
 from services.gateway.openai.responses import ResponsesRequest, TextConfig
 from services.gateway.openai.responses_answers import Response, ResponseEvent
 
-Json = dict[str, Any]
-
-REFS = "#/components/schemas/{name}"
 MODEL = "smollm2-135m-instruct"
 _HELLO = [{"role": "user", "content": "Hello"}]
 EXAMPLES: Mapping[type, Mapping[str, Json]] = {
@@ -103,6 +101,7 @@ def document(*, max_body_bytes: int) -> bytes:
     types = [
         *(ChatRequest, ChatCompletion, ChatCompletionChunk, CompletionRequest, Completion),
         *(ResponsesRequest, Response, ResponseEvent, ModelList, ModelObject, ErrorAnswer),
+        *batch_document.TYPES,
     ]
     _, schemas = msgspec.json.schema_components(types, ref_template=REFS)
     _complete(schemas)
@@ -137,7 +136,7 @@ def document(*, max_body_bytes: int) -> bytes:
 
 def _paths() -> Json:
     one = {"parameters": [{"name": "id", "in": "path", "required": True, "schema": {"type": "string"}}]}
-    gone = {"security": [], "responses": _refs(404, 405, 431)}
+    gone = {"security": [], "responses": refs(404, 405, 431)}
     return {
         "/v1/chat/completions": _generates("Answers a conversation.", ChatRequest, ChatCompletion),
         "/v1/completions": _generates("Continues a text.", CompletionRequest, Completion),
@@ -151,11 +150,12 @@ def _paths() -> Json:
             "post": {
                 "summary": "Not offered by this version of the server.",
                 "operationId": "embed",
-                "responses": _refs(401, 403, 405, 408, 429, 431, 500, 501, 503, 504),
+                "responses": refs(401, 403, 405, 408, 429, 431, 500, 501, 503, 504),
             }
         },
-        "/v1/models": {"get": _reads("Lists the models that the caller may use.", "list_models", ModelList)},
-        "/v1/models/{id}": one | {"get": _reads("Describes a model.", "get_model", ModelObject)},
+        "/v1/models": {"get": reads("Lists the models that the caller may use.", "list_models", ModelList)},
+        "/v1/models/{id}": one | {"get": reads("Describes a model.", "get_model", ModelObject)},
+        **batch_document.paths(),
         "/healthz": {"get": _open("Whether the process runs.", "live", {"type": "object"})},
         "/readyz": {
             "get": _open("Whether it serves.", "ready", {"type": "object"}, {"503": "What it waits for."})
@@ -181,37 +181,23 @@ def _generates(summary: str, request: type, answer: type) -> Json:
             ],
             "requestBody": {
                 "required": True,
-                "content": {"application/json": {"schema": _ref(request), "examples": examples}},
+                "content": {"application/json": {"schema": ref(request), "examples": examples}},
             },
             "responses": {
                 "200": {
                     "description": "The answer; with `stream`, server-sent events of the second form.",
-                    "headers": _headers({"x-request-id": "The request's id in every log."}),
+                    "headers": headers({"x-request-id": "The request's id in every log."}),
                     "content": {
-                        "application/json": {"schema": _ref(answer)},
+                        "application/json": {"schema": ref(answer)},
                         "text/event-stream": {
                             "schema": {"type": "string"},
-                            "x-event": _ref(events.get(answer, answer)),
+                            "x-event": ref(events.get(answer, answer)),
                         },
                     },
                 },
-                **_refs(*_ERRORS),
+                **refs(*_ERRORS),
             },
         }
-    }
-
-
-def _reads(summary: str, name: str, answer: type) -> Json:
-    return {
-        "summary": summary,
-        "operationId": name,
-        "responses": {
-            "200": {
-                "description": "The answer.",
-                "content": {"application/json": {"schema": _ref(answer)}},
-            },
-            **_refs(400, 401, 403, 404, 405, 429, 431, 500, 503, 504),
-        },
     }
 
 
@@ -223,29 +209,17 @@ def _open(summary: str, name: str, schema: Json, others: Mapping[str, str] | Non
         "summary": summary,
         "operationId": name,
         "security": [],
-        "responses": {**answers, **_refs(405, 431)},
+        "responses": {**answers, **refs(405, 431)},
     }
 
 
-def _ref(kind: type) -> Json:
-    return {"$ref": REFS.format(name=kind.__name__)}
-
-
-def _refs(*codes: int) -> Json:
-    return {str(code): {"$ref": f"#/components/responses/{code}"} for code in codes}
-
-
 def _error(code: int, text: str) -> Json:
-    found: Json = {"description": text, "content": {"application/json": {"schema": _ref(ErrorAnswer)}}}
+    found: Json = {"description": text, "content": {"application/json": {"schema": ref(ErrorAnswer)}}}
     if code in (429, 503):
-        found["headers"] = _headers(_WAIT)
+        found["headers"] = headers(_WAIT)
     if code == 405:
         found["headers"] = {"allow": {"description": "What it takes.", "schema": {"type": "string"}}}
     return found
-
-
-def _headers(texts: Mapping[str, str]) -> Json:
-    return {name: {"description": text, "schema": {"type": "string"}} for name, text in texts.items()}
 
 
 def _complete(schemas: dict[str, Json]) -> None:

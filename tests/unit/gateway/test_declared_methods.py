@@ -7,6 +7,7 @@ from pathlib import Path
 
 from starlette.routing import Match, Route
 
+from services.gateway.batches.assembly import build_batches
 from services.gateway.http import HttpEdge
 from services.gateway.oauth.http import OAuthRoutes
 from services.gateway.request import RequestParser
@@ -14,6 +15,7 @@ from services.mesh.actions import ACTIONS, OPEN_METHODS
 from services.mesh.clock import SystemClock
 from services.mesh.health import Health
 from services.mesh.policy import SCOPES
+from services.mesh.source_address import NO_PROXIES
 from tests.framework.access_matrix import ROUTES, descriptor_of
 from tests.framework.gateway_fakes import Bench, FakeReplica
 from tests.framework.gateway_http import chain_of
@@ -55,10 +57,14 @@ def test_r26_each_route_stands_in_the_access_matrix() -> None:
     bench, clock = Bench([FakeReplica()]), SystemClock()
     chain = chain_of(bench)
     oauth = OAuthRoutes(chain=chain, tokens=None, outcomes=None, clock=clock, issuer="https://i")  # type: ignore[arg-type]
-    built = JobBench(bench).jobs
+    jobs = JobBench(bench)
+    built, parser = jobs.jobs, RequestParser(max_tokens_limit=1)
+    batches = build_batches(
+        jobs.settings, clock, built, chain=chain, proxies=NO_PROXIES, spool=jobs.spool, parser=parser
+    )
     app = HttpEdge(
         chain=chain,
-        parser=RequestParser(max_tokens_limit=1),
+        parser=parser,
         completions=bench.completions,
         models=bench.models,
         jobs=built.parser,
@@ -66,7 +72,7 @@ def test_r26_each_route_stands_in_the_access_matrix() -> None:
         health=Health(),
         clock=clock,
         max_body_bytes=1,
-        routes=oauth.routes(),
+        routes=[*oauth.routes(), *batches.routes],
     ).app()
     served = [route for route in app.routes if isinstance(route, Route)]
     assert len(served) == len(app.routes)
