@@ -12,9 +12,11 @@ from aiokafka import TopicPartition
 from aiokafka.admin import AIOKafkaAdminClient
 
 from deploy.dev.broker import Broker
+from services.logging.schedule.store import JobFilter
 from services.logging.settings import LoggingSettings
 from services.logging.stores.sqlite import SqliteStore
 from services.mesh.broker import Topic
+from services.mesh.jobs import RetryRequested
 from services.mesh.kafka import KafkaPublisher, KafkaSource
 from tests.framework import broker as brokers
 from tests.framework.audit_path import (
@@ -28,6 +30,7 @@ from tests.framework.audit_path import (
     serve,
     started,
 )
+from tests.framework.job_events import job
 from tests.framework.ports import PortReservations
 from tests.framework.proxy import TcpProxy
 from tests.framework.waiting import eventually
@@ -104,10 +107,13 @@ async def test_r29_a_broker_that_lost_its_data_gets_it_again(own_broker: Broker,
             await eventually(lambda: path.everything_stored("before"), timeout_s=30)
         await serve(path.spool, "between")
         await path.spool.append_started(started("long"))
-        await eventually(lambda: path.relay._plan.mark.sequence == 5, what="published", timeout_s=30)
+        await path.spool.append_job(job("between"))
+        await path.spool.append_job(RetryRequested(job("retried"), "req", "REPLICA_LOST", 1))
+        await eventually(lambda: path.relay._plan.mark.sequence == 7, what="published", timeout_s=30)
         own_broker.kill()
         await own_broker.process.wait_ended(10)
         await serve(path.spool, "while down")
+        await path.spool.append_job(job("while-down"))
         shutil.rmtree(own_broker.folder / "data")
         await asyncio.to_thread(own_broker.prepare)
         own_broker.start()
@@ -118,6 +124,8 @@ async def test_r29_a_broker_that_lost_its_data_gets_it_again(own_broker: Broker,
             await eventually(
                 lambda: path.everything_stored("before", "between", "while down", "long"), timeout_s=60
             )
+            jobs = await logging.scheduled.list_jobs(JobFilter(), 10, None)
+            assert {each.job_id for each, _ in jobs} == {"between", "retried", "while-down"}
 
 
 async def test_r28_a_broker_that_cannot_be_reached_holds_nobody_up(
