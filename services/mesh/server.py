@@ -7,13 +7,13 @@ import inspect
 import logging
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterable
 from contextlib import aclosing
-from typing import Any
+from typing import Any, cast
 from urllib.parse import unquote
 
 import grpc
 from google.protobuf.message import DecodeError, Message
 from grpc_health.v1 import health_pb2_grpc
-from grpc_reflection.v1alpha import reflection
+from grpc_reflection.v1alpha import reflection, reflection_pb2_grpc
 
 from services.mesh import errors, status, validation
 from services.mesh.context import RequestContext
@@ -91,19 +91,22 @@ class GrpcServer:
         )
         self._server = grpc.aio.server(interceptors=[self._interceptor], options=server_options(settings))
         self._stopping: asyncio.Task[None] | None = None
-        health_pb2_grpc.add_HealthServicer_to_server(health.servicer, self._server)
+        self._unregistered = cast("grpc.aio.Server", _Unregistered(self._server))
+        health_pb2_grpc.add_HealthServicer_to_server(health.servicer, self._unregistered)
         self._probes: grpc.aio.Server | None = None
         self.ports: dict[str, int] = {}
 
     async def add(self, register: Callable[[Any, Any], None], servicer: object, service_name: str) -> None:
         """`register` is the generated `add_…_to_server`."""
-        register(servicer, self._server)
+        register(servicer, self._unregistered)
         self._names.append(service_name)
         await self._health.add_service(service_name)
 
     async def start(self) -> None:
         """Opens the listeners. Raises OSError with a sentence where a port is taken."""
-        reflection.enable_server_reflection(self._names, self._server)
+        reflected = reflection.aio.ReflectionServicer(self._names)
+        register: Any = reflection_pb2_grpc.add_ServerReflectionServicer_to_server
+        register(reflected, self._unregistered)
         host = self._settings.listen_host
         self.ports["grpc"] = _bind(self._server, host, self._settings.grpc_port, self._tls)
         if self._settings.probe_port is not None:
@@ -130,6 +133,20 @@ class GrpcServer:
     async def close_probes(self) -> None:
         if self._probes is not None:
             await self._probes.stop(0)
+
+
+class _Unregistered:
+    """A server as generated code sees it, which is not told the names of methods beforehand.
+
+    For each name that it is told, grpc.aio keeps a task that waits for a call of it, and with each call it
+    waits for all of them anew. The gateway has fifty.
+    """
+
+    def __init__(self, server: grpc.aio.Server) -> None:
+        self.add_generic_rpc_handlers = server.add_generic_rpc_handlers
+
+    def add_registered_method_handlers(self, service_name: str, method_handlers: object) -> None:
+        """The generic handlers have them all."""
 
 
 def _bind(server: grpc.aio.Server, host: str, port: int, tls: TlsFiles | None) -> int:
