@@ -357,7 +357,11 @@ async def _abort(servicer_context: Any, error: LlmosError, call: Call) -> None:
             (status.DETAILS_KEY, details.SerializeToString()),
         )
     )
-    await servicer_context.abort(status.code_of(error), details.message)
+    try:
+        await servicer_context.abort(status.code_of(error), details.message)
+    except grpc.aio.InternalError:
+        # The caller has left meanwhile; grpc would log that as an error.
+        raise asyncio.CancelledError from None
 
 
 def _joined(pairs: Iterable[tuple[str, str | bytes]]) -> dict[str, str | bytes]:

@@ -7,14 +7,17 @@ from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager
 from typing import Any
 
-from services.mesh.errors import ReaderStalled
+import grpc.aio
+
+from services.mesh.errors import Cancelled, ReaderStalled
 
 
 @asynccontextmanager
 async def writing(
     servicer_context: Any, timeout_s: float
 ) -> AsyncIterator[Callable[[object], Awaitable[None]]]:
-    """Gives the write of a stream. Raises ReaderStalled where a write takes longer than `timeout_s`.
+    """Gives the write of a stream. Raises ReaderStalled where a write takes longer than `timeout_s`, and
+    Cancelled where grpc could not write: it tells so of a reader who left before it cancels the call.
 
     One timer watches over all writes: a timeout of its own would be a good part of what a token costs.
     """
@@ -25,7 +28,10 @@ async def writing(
     async def write(response: object) -> None:
         nonlocal begun_s
         begun_s = loop.time()
-        await servicer_context.write(response)
+        try:
+            await servicer_context.write(response)
+        except grpc.aio.InternalError as error:
+            raise Cancelled("The caller went away before the answer was complete.") from error
         begun_s = None
 
     def check() -> None:
