@@ -17,6 +17,7 @@ Resolve = Callable[[str, int], Awaitable[Sequence[Address]]]
 
 _NAT64 = IPv6Network("64:ff9b::/96")
 """RFC 6052: the last 32 bits are an IPv4 address."""
+_UNICAST = IPv6Network("2000::/3")
 
 
 async def resolve(host: str, port: int) -> Sequence[Address]:
@@ -53,7 +54,13 @@ class WebhookAddresses:
             return False
         if any(address.version == block.version and address in block for block in self._allowed):
             return True
-        return all(each.is_global and not each.is_multicast for each in _meant(address))
+        return all(map(_is_public, _meant(address)))
+
+
+def _is_public(address: Address) -> bool:
+    """Of IPv6, only what is handed out as global unicast, or leads on to IPv4: the rest may be inside."""
+    is_unicast = address.version == 4 or address in _UNICAST or address in _NAT64
+    return is_unicast and address.is_global and not address.is_multicast
 
 
 def _meant(address: Address) -> Sequence[Address]:

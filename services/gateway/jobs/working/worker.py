@@ -132,6 +132,9 @@ class Worker:
                 self._begin(claim, asked_s)
             if room.is_probe:
                 await parts.clock.sleep(PROBE_INTERVAL_S)
+            elif not claims:
+                # However soon it was answered.
+                await parts.clock.sleep(LOOK_AGAIN_S)
 
     async def _pause(self, at_most_s: float) -> None:
         """Until a job ends."""
