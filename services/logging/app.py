@@ -5,7 +5,11 @@ from __future__ import annotations
 import random
 from functools import partial
 
-from llmos.logging.v1 import audit_service_pb2_grpc, watermark_service_pb2_grpc
+from llmos.logging.v1 import (
+    audit_service_pb2_grpc,
+    schedule_service_pb2_grpc,
+    watermark_service_pb2_grpc,
+)
 
 from services.logging.audit import AuditLog
 from services.logging.consumer import TopicConsumer
@@ -13,6 +17,7 @@ from services.logging.intake import AuditIntake, Intake, JobIntake
 from services.logging.outbox import Outbox
 from services.logging.schedule.machine import Machine, Rules
 from services.logging.schedule.schedule import Limits, Schedule
+from services.logging.schedule.servicer import ScheduleServicer
 from services.logging.schedule.store import Bounds
 from services.logging.schedule.stores.sqlite import SqliteScheduleStore
 from services.logging.servicer import AuditServicer, WatermarkServicer
@@ -37,6 +42,14 @@ from services.mesh.watching import REVOCATIONS, watch_revocations
 
 CONSUMERS = {Topic.AUDIT: "audit-consumer", Topic.JOBS: "job-consumer", Topic.RETRY: "retry-consumer"}
 GROUP = "llmos-logging"
+WAITING = frozenset(
+    {
+        "/llmos.logging.v1.AuditService/Tail",
+        "/llmos.logging.v1.ScheduleService/ClaimJobs",
+        "/llmos.logging.v1.ScheduleService/WatchJob",
+    }
+)
+"""Calls that wait for something to happen: the drain does not wait for them."""
 
 
 async def build(settings: LoggingSettings, clock: Clock) -> App:
@@ -82,7 +95,7 @@ async def build(settings: LoggingSettings, clock: Clock) -> App:
         clock=clock,
         running=running,
         authenticator=ServiceAuthenticator(verifier, revoked.check_identity),
-        watch_methods=frozenset({"/llmos.logging.v1.AuditService/Tail"}),
+        watch_methods=WAITING,
         max_call_s=settings.max_call_s,
         adopt_request_id=True,
     )
@@ -96,6 +109,11 @@ async def build(settings: LoggingSettings, clock: Clock) -> App:
         watermark_service_pb2_grpc.add_WatermarkServiceServicer_to_server,
         WatermarkServicer(log),
         "llmos.logging.v1.WatermarkService",
+    )
+    await server.add(
+        schedule_service_pb2_grpc.add_ScheduleServiceServicer_to_server,
+        ScheduleServicer(schedule),
+        "llmos.logging.v1.ScheduleService",
     )
     return App(
         settings=settings,
@@ -118,5 +136,22 @@ async def build(settings: LoggingSettings, clock: Clock) -> App:
 
 
 def _schedule(settings: LoggingSettings, clock: Clock) -> tuple[SqliteScheduleStore, Schedule]:
-    store = SqliteScheduleStore(settings.state_dir / "schedule.db", Machine(Rules(), random.random), Bounds())
-    return store, Schedule(store, clock, Limits())
+    rules = Rules(
+        first_backoff_s=settings.first_backoff_s,
+        max_backoff_s=settings.max_backoff_s,
+        dead_letter_ttl_s=settings.dead_letter_ttl_s,
+        max_result_ttl_s=settings.max_result_ttl_s,
+    )
+    bounds = Bounds(
+        max_jobs_per_tenant=settings.max_jobs_per_tenant,
+        max_jobs=settings.max_jobs,
+        max_dead_letters_per_tenant=settings.max_dead_letters_per_tenant,
+    )
+    store = SqliteScheduleStore(settings.schedule_path, Machine(rules, random.random), bounds)
+    limits = Limits(
+        min_lease_s=settings.min_lease_s,
+        max_lease_s=settings.max_lease_s,
+        lease_grace_s=settings.lease_grace_s,
+        max_watchers=settings.max_job_watchers,
+    )
+    return store, Schedule(store, clock, limits)

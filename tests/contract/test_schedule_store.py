@@ -99,7 +99,7 @@ async def test_an_event_that_cannot_be_read_is_kept_with_its_bytes(schedule: Sch
     poison = DeadLettered("DATA_CORRUPT", "no event", raw=b"\xff\x00", topic="t", partition=2, offset=7)
     await schedule.accept([poison, replace(poison, offset=8)], NOW)
     assert (await schedule.accept([poison], NOW)).dead == {}
-    letters = await schedule.dead_letters(DeadLetterFilter(unreadable=True), 10, None)
+    letters = (await schedule.dead_letters(DeadLetterFilter(unreadable=True), 10, None)).items
     assert sorted((letter.topic, letter.partition, letter.offset) for letter in letters) == [
         ("t", 2, 7),
         ("t", 2, 8),

@@ -24,6 +24,7 @@ from services.mesh.errors import AlreadyExists, NotFound, Overloaded
 from services.mesh.jobs import (
     JobKind,
     JobState,
+    Sealed,
 )
 from tests.framework.schedule_jobs import (
     LASTING,
@@ -101,7 +102,7 @@ async def test_what_ended_is_forgotten_in_time_and_its_id_is_not(schedule: Sched
     assert (await schedule.sweep(NOW + 3600 * S - 1, 10)).forgotten == 0
     assert (await schedule.sweep(NOW + 3600 * S, 10)).changed == ("job-1",)
     assert (await schedule.sweep(NOW + 14 * 86_400 * S, 10)).changed == ("job-2",)
-    assert await schedule.dead_letters(DeadLetterFilter(), 10, None) == []
+    assert (await schedule.dead_letters(DeadLetterFilter(), 10, None)).items == []
     assert (await schedule.totals()).kept == 0
     assert (await schedule.accept(jobs[1:], NOW)).job_ids == ()
 
@@ -139,14 +140,14 @@ async def test_pages_of_jobs(schedule: ScheduleStore) -> None:
         expected = sorted(jobs, key=lambda j: (j.create_time, j.job_id), reverse=not oldest_first)
         found: list[str] = []
         after = None
-        while page := await schedule.list_jobs(which, 2, after, oldest_first=oldest_first):
+        while page := (await schedule.list_jobs(which, 2, after, oldest_first=oldest_first)).items:
             found += [job.job_id for job, _ in page]
             last = page[-1][0]
             after = Cursor(to_us(last.request.create_time), last.job_id)
         assert found == [job.job_id for job in expected]
 
     async def ids(which: JobFilter) -> set[str]:
-        return {job.job_id for job, _ in await schedule.list_jobs(which, 100, None)}
+        return {job.job_id for job, _ in (await schedule.list_jobs(which, 100, None)).items}
 
     assert await ids(replace(which, labels={"n": "1"})) == {"job-1", "job-3", "job-5", "job-7"}
     assert await ids(JobFilter(batch_id="b")) == {"job-0", "job-1", "job-2", "job-3"}
@@ -155,7 +156,7 @@ async def test_pages_of_jobs(schedule: ScheduleStore) -> None:
     (done,) = await claim_ids(schedule, 1)
     await schedule.report(done, 1, "r", Succeeded(RESULT), NOW)
     succeeded = JobFilter(states=frozenset({JobState.SUCCEEDED}), kinds=frozenset(JobKind))
-    ((one, result),) = await schedule.list_jobs(succeeded, 5, None, with_results=True)
+    ((one, result),) = (await schedule.list_jobs(succeeded, 5, None, with_results=True)).items
     assert (one.job_id, result) == (done, RESULT)
 
 
@@ -165,13 +166,13 @@ async def test_pages_of_dead_letters(schedule: ScheduleStore) -> None:
         await schedule.accept([job_], NOW + n)
     await schedule.accept([requested("x", identity=OTHER, give_up_time=START)], NOW)
     own = DeadLetterFilter(TENANT.tenant_id)
-    first = await schedule.dead_letters(own, 3, None)
+    first = (await schedule.dead_letters(own, 3, None)).items
     assert [letter.dead_letter_id for letter in first] == ["job-4", "job-3", "job-2"]
-    rest = await schedule.dead_letters(own, 3, Cursor(first[-1].create_us, first[-1].dead_letter_id))
+    rest = (await schedule.dead_letters(own, 3, Cursor(first[-1].create_us, first[-1].dead_letter_id))).items
     assert [letter.dead_letter_id for letter in rest] == ["job-1", "job-0"]
 
     async def ids(which: DeadLetterFilter) -> set[str]:
-        return {letter.dead_letter_id for letter in await schedule.dead_letters(which, 100, None)}
+        return {letter.dead_letter_id for letter in (await schedule.dead_letters(which, 100, None)).items}
 
     assert await ids(replace(own, model="model-1")) == {"job-1", "job-3"}
     assert await ids(replace(own, error_reason="INTERNAL")) == set()
@@ -212,7 +213,7 @@ async def test_the_oldest_dead_letters_go_first(make_schedule: MakeStore) -> Non
     await store.start()
     for n in range(4):
         await store.accept([requested(f"job-{n}", give_up_time=START)], NOW + n)
-    letters = await store.dead_letters(DeadLetterFilter(), 9, None)
+    letters = (await store.dead_letters(DeadLetterFilter(), 9, None)).items
     assert [letter.dead_letter_id for letter in letters] == ["job-3", "job-2"]
     assert await store.get("job-0") is None
     await store.stop()
@@ -254,3 +255,17 @@ async def test_totals(schedule: ScheduleStore) -> None:
     await schedule.claim("w1", 1, LEASE, NOW)
     totals = await schedule.totals()
     assert (totals.waiting, totals.running, totals.oldest_due_us) == (1, 1, NOW + 5 * S)
+
+
+async def test_answers_are_bounded_in_bytes(schedule: ScheduleStore) -> None:
+    large = Sealed("k1", bytes(900_000))
+    await schedule.accept([requested(f"job-{n}", request=large) for n in range(6)], NOW)
+    claims = (await schedule.claim("w1", 6, LEASE, NOW)).claims
+    assert [claim.job.job_id for claim in claims] == ["job-0", "job-1", "job-2"]
+    for claim in claims:
+        await schedule.report(claim.job.job_id, 1, "r", Succeeded(large), NOW)
+    which = JobFilter(states=frozenset({JobState.SUCCEEDED}))
+    page = await schedule.list_jobs(which, 10, None, with_results=True)
+    assert (len(page.items), page.more) == (2, True)
+    page = await schedule.list_jobs(which, 10, None)
+    assert (len(page.items), page.more) == (3, False)

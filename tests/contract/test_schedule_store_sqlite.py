@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import random
 import sqlite3
 from dataclasses import replace
@@ -28,6 +29,7 @@ from services.mesh.errors import DependencyUnavailable
 from services.mesh.jobs import (
     JobKind,
     JobPriority,
+    JobState,
 )
 from tests.framework.schedule_jobs import (
     LASTING,
@@ -157,4 +159,22 @@ async def test_a_file_of_another_version_is_refused(tmp_path: Path) -> None:
     store = sqlite_store(tmp_path)
     with pytest.raises(OSError, match="no schedule of this version"):
         await store.start()
+    await store.stop()
+
+
+async def test_a_claim_that_is_cut_off_is_handed_back(tmp_path: Path) -> None:
+    store = sqlite_store(tmp_path)
+    await store.start()
+    await store.accept([requested()], NOW)
+    claiming = asyncio.create_task(store.claim("w1", 1, LEASE, NOW))
+    await asyncio.sleep(0)  # it has begun
+    await asyncio.sleep(0)
+    claiming.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await claiming
+    await store.stop()
+    await store.start()
+    assert (await kept(store)).state is JobState.WAITING
+    (claim,) = (await store.claim("w1", 1, LEASE, NOW)).claims
+    assert (claim.job.attempts, claim.job.fence) == (1, 2)
     await store.stop()

@@ -279,7 +279,7 @@ class RealWorld:
         return [events_pb2.AuditRecorded.FromString(body).anonymous_rejected.count for _, _, _, body in found]
 
     async def jobs(self) -> list[int]:
-        found = await self._scheduled.list_jobs(JobFilter(), 100_000, None)
+        found = (await self._scheduled.list_jobs(JobFilter(), 100_000, None)).items
         return [int(job.job_id.removeprefix("job_")) for job, _ in found]
 
     async def held(self, gateway: int) -> int:

@@ -96,20 +96,19 @@ class ScheduleInMemory:
         with_results: bool = False,
         oldest_first: bool = False,
     ) -> tuple[Sequence[tuple[ports.ScheduledJob, Sealed | None]], str]:
-        jobs = await self.schedule.list_jobs(
+        page = await self.schedule.list_jobs(
             _reader(),
             scheduled.JobFilter("", which.states, which.labels, which.batch_id, which.kinds),
-            page_size + 1,
+            page_size,
             _cursor(page_token),
             with_results=with_results,
             oldest_first=oldest_first,
         )
-        page = jobs[:page_size]
         token = ""
-        if len(jobs) > page_size:
-            last = page[-1][0]
+        if page.more:
+            last = page.items[-1][0]
             token = f"{to_us(last.request.create_time)}:{last.job_id}"
-        return [(scheduled_job(job), result) for job, result in page], token
+        return [(scheduled_job(job), result) for job, result in page.items], token
 
     async def count(self, batch_id: str = "") -> ports.JobCounts:
         counts = await self.schedule.count(_reader(), batch_id)
@@ -128,7 +127,7 @@ class ScheduleInMemory:
     async def list_dead_letters(
         self, which: ports.DeadLetterFilter, page_size: int, page_token: str = ""
     ) -> tuple[Sequence[ports.DeadLetter], str]:
-        letters = await self.schedule.dead_letters(
+        page = await self.schedule.dead_letters(
             _reader(),
             scheduled.DeadLetterFilter(
                 "",
@@ -138,14 +137,14 @@ class ScheduleInMemory:
                 _us(which.create_time_before),
                 which.unreadable,
             ),
-            page_size + 1,
+            page_size,
             _cursor(page_token),
         )
-        page = letters[:page_size]
         token = ""
-        if len(letters) > page_size:
-            token = f"{page[-1].create_us}:{page[-1].dead_letter_id}"
-        return [_dead_letter(letter) for letter in page], token
+        if page.more:
+            last = page.items[-1]
+            token = f"{last.create_us}:{last.dead_letter_id}"
+        return [_dead_letter(letter) for letter in page.items], token
 
     async def dead_letter(self, dead_letter_id: str) -> ports.DeadLetter:
         return _dead_letter(*await self.schedule.dead_letter(_reader(), dead_letter_id))

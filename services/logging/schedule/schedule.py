@@ -19,6 +19,7 @@ from services.logging.schedule.store import (
     JobClaim,
     JobFilter,
     OutboxRow,
+    Page,
     ReportTaken,
     ScheduleStore,
     Standing,
@@ -174,8 +175,7 @@ class Schedule:
         *,
         with_results: bool = False,
         oldest_first: bool = False,
-    ) -> list[tuple[Job, Sealed | None]]:
-        """A page; whether there is another shows by asking for one more."""
+    ) -> Page[tuple[Job, Sealed | None]]:
         which = replace(which, tenant_id=_tenant(reader))
         return await self._store.list_jobs(
             which, limit, after, with_results=with_results, oldest_first=oldest_first
@@ -209,9 +209,9 @@ class Schedule:
 
     async def dead_letters(
         self, reader: Identity, which: DeadLetterFilter, limit: int, after: Cursor | None
-    ) -> list[DeadLetter]:
+    ) -> Page[DeadLetter]:
         if which.unreadable and ADMIN_SCOPE not in reader.scopes:
-            return []
+            return Page([], False)
         which = replace(which, tenant_id=_tenant(reader))
         return await self._store.dead_letters(which, limit, after)
 

@@ -6,9 +6,9 @@ both to it. Times are microseconds since 1970.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import NamedTuple, Protocol
+from typing import Generic, NamedTuple, Protocol, TypeVar
 
 from services.logging.schedule.job import Job, Report
 from services.mesh.jobs import (
@@ -123,6 +123,33 @@ class JobFilter:
     kinds: frozenset[JobKind] = frozenset({JobKind.REQUEST})
 
 
+MAX_PAGE_BYTES = 2 * 1024 * 1024
+"""Of what a page or a claim holds, about: with one more item than that, an answer still fits 4 MiB."""
+
+T = TypeVar("T")
+
+
+@dataclass(frozen=True, slots=True)
+class Page(Generic[T]):
+    """Some of what was asked for."""
+
+    items: list[T]
+    more: bool
+    """Whether there is another one after it."""
+
+    @classmethod
+    def cut(cls, items: Iterable[T], limit: int, weight: Callable[[T], int]) -> Page[T]:
+        """The first `limit` items, or fewer that weigh MAX_PAGE_BYTES; one at least, if there is any."""
+        page: list[T] = []
+        size = 0
+        for item in items:
+            size += weight(item)
+            if page and (len(page) >= limit or size > MAX_PAGE_BYTES):
+                return cls(page, True)
+            page.append(item)
+        return cls(page, False)
+
+
 class Cursor(NamedTuple):
     """The last row of a page."""
 
@@ -160,6 +187,19 @@ class DeadLetter:
     topic: str = ""
     partition: int = 0
     offset: int = 0
+
+
+def weight_of(listed: tuple[Job, Sealed | None]) -> int:
+    """About how many bytes it takes in an answer."""
+    job, sealed = listed
+    labels = sum(len(name) + len(value) for name, value in job.request.labels.items())
+    history = sum(300 + 2 * len(attempt.message) for attempt in job.history)
+    return 1000 + labels + history + (len(sealed.ciphertext) if sealed else 0)
+
+
+def letter_weight(letter: DeadLetter) -> int:
+    """As `weight_of`."""
+    return 1000 + 2 * len(letter.detail) + (weight_of((letter.job, None)) if letter.job else 0)
 
 
 @dataclass(frozen=True, slots=True)
@@ -234,7 +274,7 @@ class ScheduleStore(Protocol):
         *,
         with_results: bool = False,
         oldest_first: bool = False,
-    ) -> list[tuple[Job, Sealed | None]]:
+    ) -> Page[tuple[Job, Sealed | None]]:
         """By the time of submission; `after` is where the page before ended."""
 
     async def count(self, tenant_id: str, batch_id: str = "") -> dict[JobState, int]:
@@ -247,7 +287,7 @@ class ScheduleStore(Protocol):
 
     async def dead_letters(
         self, which: DeadLetterFilter, limit: int, after: Cursor | None
-    ) -> list[DeadLetter]:
+    ) -> Page[DeadLetter]:
         """The newest first, without `raw`; `after` is where the page before ended."""
 
     async def dead_letter(self, dead_letter_id: str, tenant_id: str) -> tuple[DeadLetter, Sealed | None]:

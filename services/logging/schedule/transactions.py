@@ -28,6 +28,7 @@ from services.logging.schedule.job import (
 from services.logging.schedule.machine import Machine
 from services.logging.schedule.rows import Purpose, Rows
 from services.logging.schedule.store import (
+    MAX_PAGE_BYTES,
     Accepted,
     Beat,
     Bounds,
@@ -38,6 +39,7 @@ from services.logging.schedule.store import (
     ReportTaken,
     Standing,
     Swept,
+    weight_of,
 )
 from services.mesh.errors import AlreadyExists, NotFound, Overloaded, RequestInvalid, Violation
 from services.mesh.jobs import (
@@ -92,11 +94,12 @@ class Transactions:
     def claim(self, rows: Rows, worker: str, max_jobs: int, lease_us: int, now_us: int) -> Claims:
         done = _Done()
         claims: list[JobClaim] = []
+        size = 0
         rows.fall_due(now_us)
         turns = rows.tenants_in_turn(max_jobs, now_us)
         heapq.heapify(turns)
         for number in range(max_jobs + MAX_PASSED_OVER):
-            if not turns or len(claims) >= max_jobs:
+            if not turns or len(claims) >= max_jobs or size > MAX_PAGE_BYTES:
                 break
             running, _, tenant_id = heapq.heappop(turns)
             job = rows.next_due(tenant_id)
@@ -110,6 +113,7 @@ class Transactions:
                 running += 1
                 request = rows.sealed(job.job_id, Purpose.REQUEST) or Sealed("", b"")
                 claims.append(JobClaim(step.job, request))
+                size += weight_of((step.job, request))
                 rows.serve(tenant_id, now_us + number)
             self._write(rows, job, step, now_us, done)
             heapq.heappush(turns, (running, now_us + number, tenant_id))

@@ -39,7 +39,7 @@ def process(broker: MemoryBroker, clock: ManualClock | None = None, **options: f
 
 async def dead_letters(logging: LoggingProcess) -> list[DeadLetter]:
     """Those that belong to no tenant, with their bytes."""
-    found = await logging.scheduled.dead_letters(DeadLetterFilter(unreadable=True), 1000, None)
+    found = (await logging.scheduled.dead_letters(DeadLetterFilter(unreadable=True), 1000, None)).items
     return [(await logging.scheduled.dead_letter(letter.dead_letter_id, ""))[0] for letter in found]
 
 

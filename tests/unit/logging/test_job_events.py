@@ -62,7 +62,7 @@ class World:
         )
 
     async def jobs(self) -> dict[str, JobState]:
-        found = await self.scheduled.list_jobs(JobFilter(), 10_000, None)
+        found = (await self.scheduled.list_jobs(JobFilter(), 10_000, None)).items
         return {each.job_id: each.state for each, _ in found}
 
     async def has(self, *job_ids: str) -> bool:
@@ -182,7 +182,7 @@ async def test_r35_poison_on_each_topic_becomes_dead_letters_with_its_bytes(tmp_
         for topic in topics:
             await eventually(lambda t=topic: logging.sources[t].positions().get(0, 0) >= len(bad))
         await serve_nothing(world)
-        letters = await world.scheduled.dead_letters(DeadLetterFilter(unreadable=True), 1000, None)
+        letters = (await world.scheduled.dead_letters(DeadLetterFilter(unreadable=True), 1000, None)).items
         assert len(letters) == total
         assert len(world.published(Topic.DEAD_LETTER)) == total
 

@@ -1,4 +1,4 @@
-"""The schedule's rules over a store in memory, with time that is moved by hand."""
+"""The schedule's rules over a store in memory, time being moved by hand: as they are, and by gRPC."""
 
 from __future__ import annotations
 
@@ -10,13 +10,15 @@ from datetime import timedelta
 import pytest
 
 from services.gateway.jobs import ports
+from services.gateway.jobs.clients import GrpcSchedule
 from services.logging.schedule.schedule import Limits
 from services.mesh import context
 from services.mesh.clock import ManualClock
 from services.mesh.context import Caller, Identity, RequestContext
-from services.mesh.errors import AlreadyExists, ConcurrencyLimit, NotFound, RequestInvalid
+from services.mesh.errors import AlreadyExists, ConcurrencyLimit, NotFound, PolicyDenied, RequestInvalid
 from services.mesh.jobs import DeadLettered, JobKind, JobState, RetryRequested, Sealed
 from tests.framework.schedule_jobs import ADMIN, OTHER, START, TENANT, requested
+from tests.framework.schedule_wire import Loopback, ScheduleOverWire
 from tests.framework.schedules import ScheduleInMemory
 
 
@@ -25,9 +27,9 @@ async def clock() -> ManualClock:
     return ManualClock()
 
 
-@pytest.fixture
-async def schedule(clock: ManualClock) -> AsyncIterator[ScheduleInMemory]:
-    schedule = ScheduleInMemory(clock, draw=lambda: 1.0)
+@pytest.fixture(params=[ScheduleInMemory, ScheduleOverWire])
+async def schedule(request: pytest.FixtureRequest, clock: ManualClock) -> AsyncIterator[ScheduleInMemory]:
+    schedule: ScheduleInMemory = request.param(clock, draw=lambda: 1.0)
     await schedule.start()
     yield schedule
     await schedule.stop()
@@ -281,3 +283,43 @@ async def test_after_standing_still_workers_get_to_beat_first(clock: ManualClock
     await clock.advance(300)  # nobody swept, nobody was heard
     await schedule.sweep()
     assert (await schedule.heartbeat([ports.Beat("job-1", claim.fence)], lease_s=30))[0].held
+
+
+async def test_pages_go_on_where_they_ended(schedule: ScheduleInMemory) -> None:
+    await schedule.accept(*(requested(f"job-{n}", give_up_time=START) for n in range(5)))
+    kinds = frozenset({JobKind.REQUEST})
+    with caller():
+        for token, found in (("", list[str]()), ("", [])):
+            while True:
+                page, token = await schedule.list_jobs(ports.JobFilter(kinds=kinds), 2, token)
+                found += [job.job.job_id for job, _ in page]
+                if not token:
+                    break
+            assert found == [f"job-{n}" for n in (4, 3, 2, 1, 0)]
+        letters, token = await schedule.list_dead_letters(ports.DeadLetterFilter(), 3)
+        rest, last = await schedule.list_dead_letters(ports.DeadLetterFilter(), 3, token)
+        assert [letter.dead_letter_id for letter in [*letters, *rest]] == [
+            f"job-{n}" for n in (4, 3, 2, 1, 0)
+        ]
+        assert last == ""
+
+
+async def test_tokens_that_no_list_returned_are_refused(clock: ManualClock) -> None:
+    schedule = ScheduleOverWire(clock)
+    with caller():
+        for token in ("x", "eA==", "OTk5OTk5OTk5OTk5OTk5OTk5OTk5OTk5OmE="):
+            with pytest.raises(RequestInvalid, match="page_token"):
+                await schedule.list_jobs(ports.JobFilter(), 2, token)
+
+
+async def test_only_gateways_speak_with_the_schedule(clock: ManualClock) -> None:
+    schedule = ScheduleOverWire(clock)
+    other = GrpcSchedule(Loopback(schedule.servicer, "service:inference"))  # type: ignore[arg-type]
+    with pytest.raises(PolicyDenied):
+        await other.claim("w", 1, lease_s=30, wait_s=0)
+    with pytest.raises(PolicyDenied):
+        await other.heartbeat([], lease_s=30)
+    with pytest.raises(PolicyDenied):
+        await other.report("job-1", 1, "", ports.CancelledByTenant())
+    with caller(), pytest.raises(PolicyDenied):
+        await other.get("job-1")

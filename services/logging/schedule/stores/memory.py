@@ -16,7 +16,10 @@ from services.logging.schedule.store import (
     DeadLetterFilter,
     JobFilter,
     OutboxRow,
+    Page,
     Totals,
+    letter_weight,
+    weight_of,
 )
 from services.logging.schedule.stores.writing import WritingStore
 from services.logging.schedule.transactions import no_dead_letter
@@ -264,14 +267,13 @@ class MemoryScheduleStore(WritingStore):
         *,
         with_results: bool = False,
         oldest_first: bool = False,
-    ) -> list[tuple[Job, Sealed | None]]:
+    ) -> Page[tuple[Job, Sealed | None]]:
         found = sorted(self._rows.jobs_where(which), key=_place, reverse=not oldest_first)
         if after is not None:
             found = [j for j in found if (_place(j) > after if oldest_first else _place(j) < after)]
-        return [
-            (job, self._rows.sealed(job.job_id, Purpose.RESULT) if with_results else None)
-            for job in found[:limit]
-        ]
+        sealed = self._rows.sealed
+        listed = [(job, sealed(job.job_id, Purpose.RESULT) if with_results else None) for job in found]
+        return Page.cut(listed, limit, weight_of)
 
     async def count(self, tenant_id: str, batch_id: str = "") -> dict[JobState, int]:
         kinds = frozenset(JobKind) if batch_id else frozenset({JobKind.REQUEST})
@@ -282,9 +284,10 @@ class MemoryScheduleStore(WritingStore):
 
     async def dead_letters(
         self, which: DeadLetterFilter, limit: int, after: Cursor | None
-    ) -> list[DeadLetter]:
+    ) -> Page[DeadLetter]:
         found = sorted(self._rows.letters_where(which), key=_age, reverse=True)
-        return [letter for letter in found if after is None or _age(letter) < after][:limit]
+        found = [letter for letter in found if after is None or _age(letter) < after]
+        return Page.cut(found, limit, letter_weight)
 
     async def dead_letter(self, dead_letter_id: str, tenant_id: str) -> tuple[DeadLetter, Sealed | None]:
         letter = self._rows.dead_letter(dead_letter_id)

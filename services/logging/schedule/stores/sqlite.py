@@ -2,29 +2,37 @@
 
 from __future__ import annotations
 
+import asyncio
+import logging
 import sqlite3
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, TypeVar
 
-from services.logging.schedule.job import Job
+from services.logging.schedule.job import Job, Postponed
 from services.logging.schedule.machine import Machine
 from services.logging.schedule.rows import Purpose, Rows
 from services.logging.schedule.store import (
     Bounds,
+    Claims,
     Cursor,
     DeadLetter,
     DeadLetterFilter,
     JobFilter,
+    Page,
     Totals,
+    letter_weight,
+    weight_of,
 )
 from services.logging.schedule.stores.sqlite_rows import LETTER, SqliteRows, letter_of
 from services.logging.schedule.stores.tables import FORMAT, JOB, SCHEMA
 from services.logging.schedule.stores.writing import WritingStore
 from services.logging.schedule.transactions import no_dead_letter
 from services.logging.stores.sqlite_file import SqliteFile
-from services.mesh.errors import Overloaded
+from services.mesh.errors import LlmosError, Overloaded
 from services.mesh.jobs import JobKind, JobState, Sealed
+
+logger = logging.getLogger(__name__)
 
 MAX_LOOKED_AT = 20_000
 """Jobs that one search by labels may look at."""
@@ -38,12 +46,32 @@ class SqliteScheduleStore(WritingStore):
     def __init__(self, path: Path, machine: Machine, bounds: Bounds) -> None:
         super().__init__(machine, bounds)
         self._file = SqliteFile(path, "schedule", SCHEMA, FORMAT)
+        self._handing_back: set[asyncio.Task[None]] = set()
 
     async def start(self) -> None:
         await self._file.start()
 
     async def stop(self) -> None:
+        await asyncio.gather(*self._handing_back)
         await self._file.stop()
+
+    async def claim(self, worker: str, max_jobs: int, lease_us: int, now_us: int) -> Claims:
+        """Whoever is cut off meanwhile does not hear of what was claimed: that is handed back."""
+        claiming = asyncio.ensure_future(super().claim(worker, max_jobs, lease_us, now_us))
+        try:
+            return await asyncio.shield(claiming)
+        except asyncio.CancelledError:
+            task = asyncio.create_task(self._hand_back(claiming), name="schedule-hand-back")
+            self._handing_back.add(task)
+            task.add_done_callback(self._handing_back.discard)
+            raise
+
+    async def _hand_back(self, claiming: asyncio.Future[Claims]) -> None:
+        try:
+            for claim in (await claiming).claims:
+                await self.report(claim.job.job_id, claim.job.fence, "", Postponed(), claim.job.start_us)
+        except LlmosError as error:
+            logger.warning("a claim that nobody hears of is not taken back: %s; its lease ends it", error)
 
     async def _writing(self, work: Callable[[Rows], T]) -> T:
         def run(db: sqlite3.Connection) -> T:
@@ -77,7 +105,7 @@ class SqliteScheduleStore(WritingStore):
         *,
         with_results: bool = False,
         oldest_first: bool = False,
-    ) -> list[tuple[Job, Sealed | None]]:
+    ) -> Page[tuple[Job, Sealed | None]]:
         where, parameters = _jobs_where(which)
         direction, beyond = ("ASC", ">") if oldest_first else ("DESC", "<")
         if after is not None:
@@ -88,18 +116,17 @@ class SqliteScheduleStore(WritingStore):
             f" ORDER BY create_us {direction}, job_id {direction}"
         )
 
-        def find(db: sqlite3.Connection) -> list[tuple[Job, Sealed | None]]:
+        def find(db: sqlite3.Connection) -> Page[tuple[Job, Sealed | None]]:
             rows = SqliteRows(db)
-            found = []
-            for row in _bounded(db.execute(sql, parameters)):
-                job = rows.job_of(row)
-                if which.labels.items() <= job.request.labels.items():
-                    found.append((job, rows.sealed(job.job_id, Purpose.RESULT) if with_results else None))
-                if len(found) >= limit:
-                    break
-            return found
+            jobs = (rows.job_of(row) for row in _bounded(db.execute(sql, parameters)))
+            listed = (
+                (job, rows.sealed(job.job_id, Purpose.RESULT) if with_results else None)
+                for job in jobs
+                if which.labels.items() <= job.request.labels.items()
+            )
+            return Page.cut(listed, limit, weight_of)
 
-        return await self._file.reading(find) if limit > 0 else []
+        return await self._file.reading(find)
 
     async def count(self, tenant_id: str, batch_id: str = "") -> dict[JobState, int]:
         kinds = frozenset(JobKind) if batch_id else frozenset({JobKind.REQUEST})
@@ -110,7 +137,7 @@ class SqliteScheduleStore(WritingStore):
 
     async def dead_letters(
         self, which: DeadLetterFilter, limit: int, after: Cursor | None
-    ) -> list[DeadLetter]:
+    ) -> Page[DeadLetter]:
         conditions: list[tuple[str, Any]] = [
             ("tenant_id = ?", which.tenant_id or None),
             ("error_reason = ?", which.error_reason or None),
@@ -126,15 +153,15 @@ class SqliteScheduleStore(WritingStore):
             parameters += after
         sql = (
             f"SELECT {LETTER} FROM dead_letters WHERE {' AND '.join(where) or '1'}"  # noqa: S608
-            " ORDER BY create_us DESC, dead_letter_id DESC LIMIT ?"
+            " ORDER BY create_us DESC, dead_letter_id DESC"
         )
 
-        def find(db: sqlite3.Connection) -> list[DeadLetter]:
+        def find(db: sqlite3.Connection) -> Page[DeadLetter]:
             rows = SqliteRows(db)
-            return [
-                letter_of(row, rows.job(row[0]) if row[5] else None)
-                for row in db.execute(sql, (*parameters, limit)).fetchall()
-            ]
+            found = (
+                letter_of(row, rows.job(row[0]) if row[5] else None) for row in db.execute(sql, parameters)
+            )
+            return Page.cut(found, limit, letter_weight)
 
         return await self._file.reading(find)
 
