@@ -39,9 +39,9 @@ class LoggingSettings(KafkaSettings):
     """That wait or run; one more is given up as it comes."""
     max_dead_letters_per_tenant: int = Field(default=10_000, ge=1, le=10_000_000)
     """The oldest are forgotten beyond that."""
-    dead_letter_ttl_s: PositiveSeconds = 14 * 86_400
+    dead_letter_ttl_s: float = Field(default=14 * 86_400, gt=0, le=365 * 86_400)
     """A dead letter that is neither replayed nor discarded is forgotten after so long."""
-    max_result_ttl_s: PositiveSeconds = 30 * 86_400
+    max_result_ttl_s: float = Field(default=30 * 86_400, gt=0, le=365 * 86_400)
     """No result is kept for longer, whatever its caller asked for."""
     first_backoff_s: PositiveSeconds = 1
     """After a job's first failed attempt; doubled for each further one, times 0.5 to 1 by chance."""
