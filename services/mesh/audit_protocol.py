@@ -83,7 +83,8 @@ class SequenceTracker:
     watermark: int = 0
     ranges: list[tuple[int, int]] = field(default_factory=list)
     """Inclusive, sorted, disjoint, none touching another or the watermark."""
-    max_ranges: int = 256
+    max_ranges: int = 2048
+    """Topics of one spool are read side by side: while one is behind, each of its events is a hole."""
 
     def __contains__(self, sequence: int) -> bool:
         if sequence <= self.watermark:
