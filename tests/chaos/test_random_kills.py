@@ -100,7 +100,7 @@ async def test_r27_random_kills_of_gateway_logging_and_broker_lose_and_double_no
 
     async def hand_in(submitter: Submitter) -> None:
         while not stop.is_set():
-            await submitter.submit(chance.randrange(1, 20), gateway_up)
+            await submitter.submit(chance.randrange(20, 60), gateway_up)
 
     clients = [asyncio.create_task(client(number)) for number in range(6)]
     submitters = [Submitter(mesh, number) for number in range(2)]

@@ -125,7 +125,7 @@ async def test_r29_a_broker_that_lost_its_data_gets_it_again(own_broker: Broker,
                 lambda: path.everything_stored("before", "between", "while down", "long"), timeout_s=60
             )
             jobs = await logging.scheduled.list_jobs(JobFilter(), 10, None)
-            assert {each.job_id for each, _ in jobs} == {"between", "retried", "while-down"}
+            assert {each.job_id for each, _ in jobs.items} == {"between", "retried", "while-down"}
 
 
 async def test_r28_a_broker_that_cannot_be_reached_holds_nobody_up(

@@ -7,9 +7,11 @@ from collections.abc import Iterator
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 
+import grpc
 import pytest
 from aiokafka.admin import AIOKafkaAdminClient
 from llmos.events.v1 import events_pb2
+from llmos.gateway.v1 import job_service_pb2, job_service_pb2_grpc
 
 from deploy.dev.broker import Broker
 from services.logging.schedule.machine import Machine, Rules
@@ -26,6 +28,7 @@ from services.mesh.jobs import DeadLettered, JobRequested, JobState, RetryReques
 from services.mesh.kafka import KafkaPublisher, KafkaSource
 from tests.conftest import MeshFactory
 from tests.framework.audit_path import ended, outcomes, started
+from tests.framework.calls import spec
 from tests.framework.job_events import job
 from tests.framework.mesh import MeshHarness
 from tests.framework.waiting import eventually
@@ -181,6 +184,29 @@ async def test_r35_poison_is_found_with_its_bytes_and_holds_nothing_up(
     await eventually(caught_up, what="no lag", timeout_s=60)
     await mesh.stop("logging")
     await judge_stores(mesh.state.root / "logging")
+    await mesh.start("logging", "inference", "gateway")
+    await replay_runs_once(mesh)
+
+
+async def replay_runs_once(mesh: MeshHarness) -> None:
+    """A job that is given up, and replayed for a model that there is."""
+    jobs = job_service_pb2_grpc.JobServiceStub(mesh.channel())
+    bearer = mesh.bearer()
+
+    async def ended(job_id: str) -> job_service_pb2.Job:
+        watched = jobs.WatchJob(job_service_pb2.WatchJobRequest(id=job_id), metadata=bearer, timeout=60)
+        return [response.job async for response in watched][-1]
+
+    request = job_service_pb2.SubmitJobRequest(work={"generate": spec("once", model="nowhere")})
+    submitted = (await jobs.SubmitJob(request, metadata=bearer, timeout=30)).job
+    assert (await ended(submitted.id)).state == job_service_pb2.JOB_STATE_FAILED
+    replay = job_service_pb2.ReplayDeadLetterRequest(id=submitted.id, override={"model": "echo"})
+    replayed = (await jobs.ReplayDeadLetter(replay, metadata=bearer, timeout=30)).job
+    with pytest.raises(grpc.aio.AioRpcError) as refused:
+        await jobs.ReplayDeadLetter(replay, metadata=bearer, timeout=30)
+    assert refused.value.code() == grpc.StatusCode.NOT_FOUND
+    final = await ended(replayed.id)
+    assert (final.state, final.attempts) == (job_service_pb2.JOB_STATE_SUCCEEDED, 1)
 
 
 async def judge_stores(folder: Path) -> None:
@@ -193,7 +219,7 @@ async def judge_stores(folder: Path) -> None:
     await schedule.start()
     try:
         jobs = await schedule.list_jobs(JobFilter(states=frozenset({JobState.WAITING})), 20_000, None)
-        assert {each.job_id for each, _ in jobs} == {f"job-{n}" for n in range(JOBS)}
+        assert {each.job_id for each, _ in jobs.items} == {f"job-{n}" for n in range(JOBS)}
         now = datetime.now(UTC)
         now_us = int(now.timestamp() * 1_000_000)
         letter, _ = await schedule.dead_letter("ancient-6", "")
@@ -201,7 +227,7 @@ async def judge_stores(folder: Path) -> None:
         await schedule.replay(letter.dead_letter_id, "", replayed, now_us)
         with pytest.raises(NotFound):
             await schedule.replay(letter.dead_letter_id, "", job("again", create_time=now), now_us)
-        claimed = []
+        claimed = []  # for longer than this test lasts, so that no gateway comes upon them
         while claims := (await schedule.claim("w", 256, now_us + 10**9, now_us + 10**8)).claims:
             claimed += [claim.job.job_id for claim in claims]
         assert claimed.count("replayed") == 1
