@@ -25,8 +25,8 @@ from tests.framework.waiting import eventually
 SECONDS = float(os.environ.get("LLMOS_OVERLOAD_SECONDS", "6"))
 LONG = SECONDS >= 30
 QUANTILE, GROWTH, REFUSED_S = (0.99, 2, 0.05) if LONG else (0.5, 5, 0.2)
-"""The rows' figures hold in the long run, on a machine that does nothing else. In the short one a 99th percentile is
-the slowest request, and other tests run beside it: it sees what is much too slow."""
+"""The rows' figures hold in the long run, on a machine that does nothing else. In the short one a 99th
+percentile is the slowest request, and other tests run beside it: it sees what is much too slow."""
 PLACES = 4
 FIRST_S, REST_S = 0.2, 0.05
 CAPACITY_PER_S = PLACES / (FIRST_S + REST_S)
