@@ -136,6 +136,10 @@ bench-gateway: dev-env .tools/bench-gateway/.installed ## Measure what the gatew
 bench-start: dev-env ## Measure from the start of inference to its first token, with and without a converted model
 	@$(PY) -m tests.bench.start $(if $(ROUNDS),--rounds $(ROUNDS)) $(ARGS)
 
+.PHONY: bench-batch
+bench-batch: dev-env ## Measure PROMPTS=500 as jobs and as a batch file, beside the engine's own time for them (ROUNDS=3)
+	@$(PY) -m tests.bench.batch $(if $(PROMPTS),--prompts $(PROMPTS)) $(if $(ROUNDS),--rounds $(ROUNDS)) $(ARGS)
+
 .PHONY: soak
 soak: dev-env ## Load the platform for MINUTES=20 with all kinds of requests, and judge memory and what is left
 	@$(PY) -m tests.bench.soak $(if $(MINUTES),--minutes $(MINUTES)) $(ARGS)

@@ -6,10 +6,13 @@ from pathlib import Path
 
 from tests.bench import gateway, gateway_subjects, report, rounds
 from tests.bench.aims import aims
+from tests.bench.batch import ratios
 from tests.bench.gateway_figures import BARE
 from tests.bench.progress import Progress
 from tests.bench.rounds import Plan
+from tests.bench.subject import Subject
 from tests.bench.through_gateway import Platform
+from tests.bench.through_jobs import BatchFile, Jobs
 from tests.framework.mesh import MeshHarness
 from tests.framework.ports import PortReservations
 
@@ -36,6 +39,24 @@ async def test_a_round_through_the_platform(mesh: MeshHarness) -> None:
     made = aims(found, cached, "float32")
     assert [aim.line().split()[:2] for aim in made] == [["aim", "cached_prefix_ttft_512"]]
     assert report.table(found).row_count == 2
+
+
+async def test_a_round_of_jobs_and_of_a_batch_file(mesh: MeshHarness) -> None:
+    subjects: list[Subject] = [Platform(mesh, "echo"), Jobs(mesh, "echo"), BatchFile(mesh, "echo")]
+    await subjects[0].start()
+    plan = Plan(
+        levels=(6,),
+        rounds=1,
+        prompt_tokens=30,
+        max_tokens=8,
+        count=lambda text: len(text.split()),
+        seed="e2e",
+    )
+    found = await rounds.measure({6: subjects}, plan, print)
+    made = ratios(found, 6, "platform")
+    assert [each.line().split()[:2] for each in made] == [["aim", "batch_jobs"], ["aim", "batch_batch_file"]]
+    texts = [[stream.text for stream in found.batches[6][each.name][0].streams] for each in subjects]
+    assert texts[0] == texts[1] == texts[2]
 
 
 async def test_a_round_of_gateways(mesh: MeshHarness, reservations: PortReservations, tmp_path: Path) -> None:
