@@ -62,7 +62,7 @@ async def ended(client: openai.AsyncOpenAI, batch_id: str) -> Batch:
         batch = await client.batches.retrieve(batch_id)
         return batch if batch.status in FINAL else None
 
-    batch = await eventually(lambda: over(), timeout_s=ENDED_S, what="the batch has ended")
+    batch: Batch | None = await eventually(over, timeout_s=ENDED_S, what="the batch has ended")
     assert batch is not None
     return batch
 

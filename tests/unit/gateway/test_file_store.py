@@ -184,6 +184,10 @@ async def test_a_note_is_written_over() -> None:
         await bench.files.write_note("acme", name, text)
         assert await bench.files.note("acme", name) == text
     assert await bench.files.note("other", name) is None
+    # Two reads might meet two notes.
+    reads = bench.blobs.reads
+    await bench.files.note("acme", name)
+    assert bench.blobs.reads == reads + 1
 
 
 async def test_a_store_that_is_lost() -> None:
