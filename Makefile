@@ -98,6 +98,10 @@ test-optimised: dev-env ## Run the security rows (R21 to R26, R32, R33) under `p
 chaos: dev-env ## Kill gateway, logging and broker 200 times under load (KILLS=N), and judge the audit log
 	LLMOS_CHAOS_KILLS=$(or $(KILLS),200) $(PY) -m pytest -s tests/chaos $(ARGS)
 
+.PHONY: jobs
+jobs: dev-env ## Run 10,000 jobs (JOBS=N) on a replica that fails, with kills of everything else, beside interactive streams
+	LLMOS_JOBS=$(or $(JOBS),10000) $(PY) -m pytest -s tests/chaos/test_jobs.py $(ARGS)
+
 .PHONY: limits
 limits: dev-env ## Hold two gateways with Valkey to their limits for SECONDS=60, and 10,000 mixed requests (REQUESTS=N)
 	LLMOS_LIMITS_SECONDS=$(or $(SECONDS),60) LLMOS_LIMITS_REQUESTS=$(or $(REQUESTS),10000) \

@@ -8,6 +8,7 @@ health. Where `directives` are allowed, a prompt may hold some, which are not ec
     [[first_ms=500]]    waits before the first token (a long prefill)
     [[hang_after=3]]    stops saying anything after 3 tokens; [[hang]] is [[hang_after=0]]
     [[fail_after=3]]    EngineFault after 3 tokens; [[fail]] is [[fail_after=0]]
+    [[fail_percent=30]] EngineFault at the start, of so many of a hundred requests, by their ids
     [[crash_after=3]]   the engine is lost after 3 tokens, with all that runs, and comes back by itself;
                         [[crash]] is [[crash_after=0]]
 
@@ -70,7 +71,7 @@ PAGE_TOKENS = 16
 """Echo has no KV cache; its load tells of one as it would be."""
 _WORD = re.compile(r"\s*\S+")
 _DIRECTIVE = re.compile(r"\s*\[\[([a-z_]+)(?:=(\d{1,9}))?\]\]")
-_NAMES = frozenset({"tokens", "delay_ms", "first_ms", "hang", "fail", "crash"})
+_NAMES = frozenset({"tokens", "delay_ms", "first_ms", "hang", "fail", "fail_percent", "crash"})
 
 
 @dataclass(frozen=True, slots=True)
@@ -99,6 +100,7 @@ class Script:
     hang_after: int | None
     fail_after: int | None
     crash_after: int | None
+    fail_percent: int = 0
 
 
 def token_id(word: str) -> int:
@@ -128,6 +130,7 @@ def read_script(prompt: Prompt, config: EchoConfig) -> Script:
         hang_after=asked.get("hang"),
         fail_after=asked.get("fail"),
         crash_after=asked.get("crash"),
+        fail_percent=asked.get("fail_percent", 0),
     )
 
 
@@ -320,6 +323,8 @@ class EchoEngine:
             for _ in tokens:
                 _, _, reasons[choice] = self._next(job, choice, texts[choice])
         delivered = max(job.said)
+        if zlib.crc32(request.request_id.encode()) % 100 < script.fail_percent:
+            raise EngineFault("The engine failed on this request.")
         await self._clock.sleep(script.first_s)
         while None in reasons:
             if max(job.said) > delivered or not delivered:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import AsyncIterator
+from dataclasses import replace
 
 import pytest
 
@@ -66,6 +67,20 @@ async def test_fail_after(engine: EchoEngine) -> None:
         await read()
     assert "".join(words) == "a b c"
     assert (await answer(engine, say("still here"))).finished
+
+
+async def test_fail_percent_is_of_requests_by_their_ids(engine: EchoEngine) -> None:
+    async def fails(number: int) -> bool:
+        request = replace(say("[[fail_percent=30]] a"), request_id=f"request-{number}")
+        try:
+            await answer(engine, request)
+        except EngineFault:
+            return True
+        return False
+
+    first = [await fails(number) for number in range(200)]
+    assert 30 <= sum(first) <= 90
+    assert first == [await fails(number) for number in range(200)]
 
 
 async def test_hang_holds_its_slot_until_it_is_closed(engine: EchoEngine) -> None:
