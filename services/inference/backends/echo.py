@@ -100,7 +100,7 @@ class Script:
     hang_after: int | None
     fail_after: int | None
     crash_after: int | None
-    fail_percent: int = 0
+    fail_percent: int
 
 
 def token_id(word: str) -> int:
@@ -182,10 +182,9 @@ class EchoEngine:
     async def stop(self) -> None:
         self._health.set(serving=False, detail="stopped")
         self._end_all(Draining("The engine is shutting down."))
-        tasks = list(self._tasks)
-        for task in tasks:
+        for task in self._tasks:
             task.cancel()
-        await asyncio.gather(*tasks, return_exceptions=True)
+        await asyncio.gather(*self._tasks, return_exceptions=True)
 
     async def generate(self, request: GenerationRequest) -> AsyncGenerator[EngineEvent, None]:
         job = self._admit(request)
@@ -323,12 +322,10 @@ class EchoEngine:
             for _ in tokens:
                 _, _, reasons[choice] = self._next(job, choice, texts[choice])
         delivered = max(job.said)
-        if zlib.crc32(request.request_id.encode()) % 100 < script.fail_percent:
-            raise EngineFault("The engine failed on this request.")
         await self._clock.sleep(script.first_s)
         while None in reasons:
             if max(job.said) > delivered or not delivered:
-                await self._obey(script, max(job.said))
+                await self._obey(job, max(job.said))
             await self._clock.sleep(script.delay_s)
             for choice, stops in enumerate(texts):
                 if reasons[choice] is None:
@@ -337,8 +334,9 @@ class EchoEngine:
         usage = Usage(job.prompt_tokens, sum(job.said))
         job.mailbox.put(Finished(tuple(reason for reason in reasons if reason is not None), usage))
 
-    async def _obey(self, script: Script, said: int) -> None:
-        if script.fail_after == said:
+    async def _obey(self, job: _Job, said: int) -> None:
+        script, draw = job.script, zlib.crc32(job.request.request_id.encode()) % 100
+        if script.fail_after == said or draw < script.fail_percent:
             raise EngineFault("The engine failed on this request.")
         if script.crash_after == said:
             self._crash()
