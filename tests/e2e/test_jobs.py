@@ -125,7 +125,7 @@ async def test_jobs_run_and_are_their_tenants_alone(mesh: MeshHarness, broker: B
     await eventually(all_done, timeout_s=LONG_S)
 
     # One that is given up is a dead letter, and runs again as another.
-    request = submission(f"{CANARY} [[tokens=2]]")
+    request = submission(f"{CANARY} [[tokens=2]]", max_attempts=1)
     request.work.generate.model = "no-such-model"
     dead = (await acme.jobs.SubmitJob(request, metadata=acme.metadata)).job
     assert (await acme.ended(dead.id)).job.state == pb.JOB_STATE_FAILED
