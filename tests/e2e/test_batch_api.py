@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import json
 import os
+import re
 import subprocess
 from collections.abc import AsyncIterator
 from pathlib import Path
@@ -15,6 +16,8 @@ import pytest
 from openai.types import Batch
 
 from deploy.dev.broker import Broker
+from deploy.dev.environment import ROOT
+from tests.framework import guides
 from tests.framework.batches import line
 from tests.framework.mesh import MeshHarness
 from tests.framework.node_packages import NodeUnavailable, installed
@@ -42,7 +45,8 @@ async def mesh(
     tmp_path_factory: pytest.TempPathFactory, broker: Broker, reservations: PortReservations
 ) -> AsyncIterator[MeshHarness]:
     async with MeshHarness(tmp_path_factory.mktemp("batches"), broker, reservations) as mesh:
-        mesh.configure("logging", first_backoff_s=0.05)
+        mesh.configure("logging", first_backoff_s=0.05, lease_grace_s=1)
+        mesh.configure("gateway", job_lease_s=5)
         await mesh.start("auth", "inference", "logging", "gateway")
         yield mesh
 
@@ -156,6 +160,23 @@ async def test_r38_a_gateway_that_is_killed_goes_on_with_the_batch(
     batch = await ended(client, made.id)
     assert (batch.status, batch.error_file_id) == ("completed", None)
     assert [each["custom_id"] for each in await lines_of(client, batch.output_file_id)] == texts
+
+
+async def test_the_guide(mesh: MeshHarness) -> None:
+    env = {
+        "LLMOS_URL": mesh.http_url(),
+        "LLMOS_API_KEY": mesh.admin_key,
+        "LLMOS_MODEL": "echo",
+    }
+    first = "".join(f"export {name}={value}\n" for name, value in env.items())
+    text = (ROOT / "docs" / "batches.md").read_text()
+    (shell,) = re.findall(r"^```sh\n(.*?)^```", text, re.MULTILINE | re.DOTALL)
+    (program,) = re.findall(r"^```python\n(.*?)^```", text, re.MULTILINE | re.DOTALL)
+    said = await guides.run(mesh, first + shell)
+    assert "completed" in said
+    assert '"custom_id":"sea"' in said
+    said = await guides.run(mesh, f"{first}python - <<'PROGRAM'\n{program}PROGRAM\n")
+    assert '"custom_id":"sky"' in said
 
 
 async def test_the_package_for_node(mesh: MeshHarness) -> None:
