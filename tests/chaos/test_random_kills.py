@@ -50,8 +50,8 @@ class Submitter:
                 self.taken.append(response.job.id)
                 return
 
-    async def ended(self) -> dict[str, job_service_pb2.Job]:
-        """All jobs of the tenant by id, once they have ended."""
+    async def ended(self, taken: set[str]) -> dict[str, job_service_pb2.Job]:
+        """All jobs of the tenant by id, once these are known and all have ended."""
 
         async def all_ended() -> dict[str, job_service_pb2.Job]:
             found: dict[str, job_service_pb2.Job] = {}
@@ -66,6 +66,8 @@ class Submitter:
                 token = page.next_page_token
                 if not token:
                     break
+            missing = taken - found.keys()
+            assert not missing, f"{len(missing)} jobs are not known, {sorted(missing)[:3]} for example"
             running = [job.id for job in found.values() if job.state < job_service_pb2.JOB_STATE_SUCCEEDED]
             assert not running, f"{len(running)} jobs have not ended, {running[:3]} for example"
             return found
@@ -126,9 +128,9 @@ async def test_r27_random_kills_of_gateway_logging_and_broker_lose_and_double_no
     ids = {stream.request_id for stream in history if stream.request_id}
     assert len(ids) == len([stream for stream in history if stream.request_id])
     assert all(stream.unbroken for stream in history)
-    jobs = await submitters[0].ended()
     taken = [job_id for submitter in submitters for job_id in submitter.taken]
     assert len(taken) == len(set(taken))
+    jobs = await submitters[0].ended(set(taken))
     assert jobs.keys() == set(taken), "each is there once, whatever was repeated"
     assert {job.state for job in jobs.values()} == {job_service_pb2.JOB_STATE_SUCCEEDED}
     again = sum(job.attempts > 1 for job in jobs.values())
