@@ -99,7 +99,8 @@ class GatewaySettings(KafkaSettings):
     """A call to Redis that takes longer counts as its loss, and the gateway goes on without it."""
 
     replicas: int = Field(default=1, ge=1, le=1000)
-    """How many gateways share `redis_url`: with Redis lost, each keeps to its share of the limits."""
+    """How many gateways there are: each runs its part of what batch may have, and with `redis_url` lost
+    keeps to its share of the limits."""
     assumed_completion_tokens: int = Field(default=1024, ge=1)
     """So many tokens are reserved for each choice of a request that names no `max_tokens`."""
 

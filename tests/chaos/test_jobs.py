@@ -188,7 +188,7 @@ async def test_r38_every_job_ends_once_whatever_is_killed(make_mesh: MeshFactory
     mesh.configure("inference", max_running=16)
     mesh.configure("logging", lease_grace_s=5)
     for gateway in ("gateway", "gateway-1"):
-        mesh.configure(gateway, job_lease_s=5)
+        mesh.configure(gateway, job_lease_s=5, replicas=2)
     await mesh.start("auth", "logging", "inference", "gateway", "gateway-1")
     crowd = Crowd(mesh, own_broker, random.Random(seed))
     crowd.calm.set()

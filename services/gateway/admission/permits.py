@@ -66,6 +66,8 @@ class AdmissionLimits:
     key_share: float = 1.0
     batch_ageing_s: float = 5.0
     batch_share: float = 0.875
+    gateways: int = 1
+    """That send work to the same replicas: each gives batch its part of the share."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -371,4 +373,5 @@ class Admission:
     def _batch_places(self, capacity: int) -> int:
         """Of a model that has one place only, batch may have that: interactive requests go first in the
         queue. Else at least one is left for them."""
-        return max(min(int(capacity * self._limits.batch_share), capacity - 1), 1)
+        limits = self._limits
+        return max(min(int(capacity * limits.batch_share), capacity - 1) // limits.gateways, 1)
