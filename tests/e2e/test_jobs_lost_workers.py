@@ -47,7 +47,8 @@ async def test_r38_a_worker_that_is_killed_or_frozen_loses_its_job_which_ends_on
     mesh: MeshHarness,
 ) -> None:
     for gateway in ("gateway", "gateway-1"):
-        mesh.configure(gateway, job_lease_s=LEASE_S)
+        mesh.configure(gateway, job_lease_s=LEASE_S, replicas=2)
+    mesh.configure("logging", lease_grace_s=LEASE_S)
     await mesh.start()
     first = JobCaller(mesh)
     killed = await first.submit(SLOW)
