@@ -101,8 +101,8 @@ async def bench(given: argparse.Namespace, folder: Path, say: Progress) -> None:
         await broker.wait_ready()
         name = model.folder.name
         subjects: list[Subject] = [alone, Jobs(mesh, name), BatchFile(mesh, name)]
+        await subjects[1].start()
         for subject in subjects:
-            await subject.start()
             await rounds.one(subject, Work(plan.work(MAX_RUNNING, f"warm-up {subject.name}").prompts, 4))
         found = await rounds.measure({given.prompts: subjects}, plan, say)
     made = ratios(found, given.prompts, alone.name)

@@ -79,6 +79,9 @@ class Platform:
         return Stream(first_s, last_s, len(token_ids), tuple(token_ids), "".join(text))
 
     def processes(self) -> Mapping[str, psutil.Process]:
+        for name, process in self._mesh.processes.items():
+            if not process.running:
+                raise CannotMeasure(f"{name} ended with {process.exit_code}: {process.tail(8)}")
         found = {name: psutil.Process(process.pid) for name, process in self._mesh.processes.items()}
         for child in self._mesh.children("inference"):
             found["engine"] = child
