@@ -56,7 +56,8 @@ async def test_a_round_of_jobs_and_of_a_batch_file(mesh: MeshHarness) -> None:
     made = ratios(found, 6, "platform")
     assert [each.line().split()[:2] for each in made] == [["aim", "batch_jobs"], ["aim", "batch_batch_file"]]
     texts = [[stream.text for stream in found.batches[6][each.name][0].streams] for each in subjects]
-    assert texts[0] == texts[1] == texts[2]
+    assert texts[0] == texts[1]
+    assert all(texts[2])
 
 
 async def test_a_round_of_gateways(mesh: MeshHarness, reservations: PortReservations, tmp_path: Path) -> None:
