@@ -41,6 +41,8 @@ from services.mesh.channel import Channel
 from services.mesh.context import Identity
 from services.mesh.errors import DeadlineExceeded, DependencyUnavailable, ReplicaLost
 
+JOB_GATHER_MS = 1000
+"""Whoever watches a job sees how far it is about once a second."""
 _SAMPLING = (
     *("temperature", "top_p", "top_k", "min_p"),
     *("presence_penalty", "frequency_penalty", "repetition_penalty"),
@@ -103,6 +105,8 @@ class GrpcInference:
             request_id=request_id, priority=_same(request.priority)
         )
         _fill_spec(message.spec, request)
+        if request.is_job:
+            message.gather_ms = JOB_GATHER_MS
         if whole:
             with _lost:
                 found = await self._inference.GenerateWhole(

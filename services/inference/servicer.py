@@ -15,7 +15,7 @@ from llmos.inference.v1 import (
 
 from services.inference import request as requests
 from services.inference.engine.port import Delta, Engine, EngineEvent
-from services.inference.whole import Whole
+from services.inference.whole import Whole, gathered
 from services.mesh import context
 from services.mesh.clock import Clock
 
@@ -37,7 +37,10 @@ class InferenceServicer(inference_service_pb2_grpc.InferenceServiceServicer):
     ) -> AsyncIterator[inference_service_pb2.GenerateResponse]:
         seq = request.after_seq
         # Whatever ends the call closes the generator, and so the work.
-        async with aclosing(self._generated(request)) as events:
+        generated = self._generated(request)
+        if request.gather_ms:
+            generated = gathered(generated, request.spec.n or 1, request.gather_ms / 1000, self._clock)
+        async with aclosing(generated) as events:
             async for event in events:
                 seq += isinstance(event, Delta)
                 yield requests.event_message(event, seq=seq, replica=self._replica)

@@ -1,4 +1,8 @@
-"""How much work a gateway claims: no more than can begin at once."""
+"""How much work a gateway claims: what can begin at once, and a little that then waits for a place.
+
+A place that comes free while nobody waits for it stands empty until a report and a claim have been to the
+schedule and back, which for short jobs is a good part of what they take.
+"""
 
 from __future__ import annotations
 
@@ -14,6 +18,9 @@ BESIDE = 64
 PROBES = 4
 """While no model can be reached, so many jobs are tried at a time: somebody has to notice that it is back,
 and webhooks must go out. The rest waits in the schedule, where an outage costs it no attempt."""
+
+AHEAD = 4
+"""For so many places of batch, one job waits for a place; one at least."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,5 +55,8 @@ class Places:
         found = self._admission.batch_room(self._models())
         if not found.places:
             return Room(max(PROBES - requests, 0), is_probe=True)
-        most = min(self._most, found.places) if self._most else found.places
-        return Room(max(min(most - requests, found.free - waiting), 0))
+        most, ahead = found.places, max(found.places // AHEAD, 1)
+        if 0 < self._most < found.places:
+            # Whoever waited would be let in.
+            most, ahead = self._most, 0
+        return Room(max(min(most + ahead - requests, found.free + ahead - waiting), 0))
