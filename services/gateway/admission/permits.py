@@ -78,6 +78,8 @@ class BatchRoom:
     """That batch may have."""
     free: int = 0
     """Those of them that somebody of batch would be given now."""
+    ending_per_s: float = 0.0
+    """How many of them come free in a second while all are taken, by what requests took lately."""
 
 
 class _State(Enum):
@@ -154,6 +156,7 @@ class Admission:
     def batch_room(self, models: Iterable[str]) -> BatchRoom:
         """How much more of batch can begin at present."""
         places = free = 0
+        ending_per_s = 0.0
         for model in models:
             capacity = self._capacity(model)
             if capacity is None:
@@ -165,7 +168,9 @@ class Admission:
                 free += most
             elif not pool.waiting:
                 free += max(min(most - pool.taken_by_batch, capacity - pool.taken), 0)
-        return BatchRoom(places, free)
+            if pool is not None and pool.place_s.value > 0:
+                ending_per_s += most / pool.place_s.value
+        return BatchRoom(places, free, ending_per_s)
 
     def capacity_changed(self) -> None:
         """There are more places than before, or fewer: whoever can begin now, does."""

@@ -5,7 +5,12 @@ from __future__ import annotations
 import pytest
 
 from services.gateway.generation import Priority
+from services.gateway.jobs.ports import JobClaim, ScheduledJob
+from services.gateway.jobs.working.places import Places
+from services.gateway.jobs.working.ports import Attempt
+from services.mesh.jobs import JobState
 from tests.framework.admissions import MODEL, Restaurant
+from tests.framework.schedule_jobs import requested
 
 
 @pytest.mark.parametrize(
@@ -40,4 +45,31 @@ async def test_there_is_room_where_nobody_has_been_yet_and_none_where_no_replica
     assert room.admission.batch_room([MODEL]).free == 7
     await room.set_capacity(None)
     assert room.admission.batch_room([MODEL]).places == 0
+    await room.close()
+
+
+def claimed(number: int, *, waits: bool) -> Attempt:
+    job = requested(f"job_{number}")
+    claim = JobClaim(ScheduledJob(job, JobState.RUNNING, 1), 1, job.give_up_time)
+    return Attempt(claim, f"req_{number}", waits=waits)
+
+
+@pytest.mark.parametrize(("took_s", "ahead"), [(0.01, 3), (1.75, 2), (3.5, 1), (60.0, 0)])
+async def test_where_jobs_are_short_some_are_claimed_before_there_is_a_place(
+    took_s: float, ahead: int
+) -> None:
+    room = Restaurant(8)
+    places = Places(room.admission, lambda: [MODEL])
+    guests = [await room.arrive(priority=Priority.BATCH) for _ in range(7)]
+    await room.clock.advance(took_s)
+    for guest in guests:
+        await room.finish(guest)
+    for _ in range(7):
+        await room.arrive(priority=Priority.BATCH)
+    running = [claimed(number, waits=False) for number in range(7)]
+    assert places.room(running).jobs == ahead
+    # Nor one by one: only once half of them have begun.
+    waiting = [claimed(10 + number, waits=True) for number in range(ahead)]
+    assert places.room([*running, *waiting]).jobs == 0
+    assert Places(room.admission, lambda: [MODEL], most=3).room(running).jobs == 0
     await room.close()

@@ -1,7 +1,7 @@
-"""How much work a gateway claims: what can begin at once, and a little that then waits for a place.
+"""How much work a gateway claims: what can begin at once, and where jobs are short, what will soon.
 
 A place that comes free while nobody waits for it stands empty until a report and a claim have been to the
-schedule and back, which for short jobs is a good part of what they take.
+schedule and back: for short jobs a good part of what they take.
 """
 
 from __future__ import annotations
@@ -19,8 +19,9 @@ PROBES = 4
 """While no model can be reached, so many jobs are tried at a time: somebody has to notice that it is back,
 and webhooks must go out. The rest waits in the schedule, where an outage costs it no attempt."""
 
-AHEAD = 4
-"""For so many places of batch, one job waits for a place; one at least."""
+AHEAD_S = 0.5
+"""As many jobs wait for a place as places come free within that time, but half as many as there are places at
+most: of long jobs none, since it would wait for longer than admission lets it."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,8 +56,11 @@ class Places:
         found = self._admission.batch_room(self._models())
         if not found.places:
             return Room(max(PROBES - requests, 0), is_probe=True)
-        most, ahead = found.places, max(found.places // AHEAD, 1)
+        most, ahead = found.places, min(int(found.ending_per_s * AHEAD_S), found.places // 2)
         if 0 < self._most < found.places:
             # Whoever waited would be let in.
             most, ahead = self._most, 0
+        if not found.free and 2 * waiting > ahead:
+            # A claim costs about as much for several jobs as for one.
+            return Room(0)
         return Room(max(min(most + ahead - requests, found.free + ahead - waiting), 0))
