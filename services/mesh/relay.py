@@ -34,9 +34,11 @@ logger = logging.getLogger(__name__)
 
 MAX_BATCH_EVENTS = 512
 MAX_BATCH_BYTES = 512 * 1024
-GATHER_S = 0.05
+GATHER_S, BUSY_GATHER_S = 0.05, 0.25
 """So long the first event waits for others: what a batch costs here, at the broker and at logging hardly
-depends on how many it has."""
+depends on how many it has. The second, where a batch was published within the last second, unless somebody
+waits for an event."""
+BUSY_S = 1.0
 SYNC_AFTER_PUBLISH_S = 0.25
 """How long after publishing logging is asked; it takes a moment to store."""
 MAX_SYNC_PAUSE_S = 2.0
@@ -146,16 +148,21 @@ class Relay:
         return Record(producer.encode(), value, tuple(headers), event.topic)
 
     async def _keep_publishing(self) -> None:
-        appended = self._spool.appended
+        appended, hurried = self._spool.appended, self._spool.hurried
+        busy_until_s = 0.0
 
         async def publish_all() -> None:
+            nonlocal busy_until_s
             await appended.wait()
             self._idle.clear()
             try:
                 await self._clock.sleep(GATHER_S)
+                if self._clock.monotonic() < busy_until_s:
+                    await self._either(hurried, BUSY_GATHER_S - GATHER_S)
                 appended.clear()
+                hurried.clear()
                 while await self.publish_once():
-                    pass
+                    busy_until_s = self._clock.monotonic() + BUSY_S
             except BaseException:
                 appended.set()
                 raise
@@ -171,7 +178,7 @@ class Relay:
         async def sync() -> None:
             nonlocal pause_s
             awaits = self._plan.awaits(self._spool.ledger.oldest_held)
-            await self._published_or(pause_s if awaits else HEARTBEAT_S)
+            await self._either(self._published, pause_s if awaits else HEARTBEAT_S)
             if self._published.is_set():
                 self._published.clear()
                 await self._clock.sleep(SYNC_AFTER_PUBLISH_S)
@@ -201,10 +208,10 @@ class Relay:
                     logger.info("can %s again", what)
                 failing, backoff_s = False, FIRST_BACKOFF_S
 
-    async def _published_or(self, pause_s: float) -> None:
-        """Returns when something was published, or after the pause."""
+    async def _either(self, event: asyncio.Event, pause_s: float) -> None:
+        """Returns when the event is set, or after the pause."""
         waits = [
-            asyncio.ensure_future(self._published.wait()),
+            asyncio.ensure_future(event.wait()),
             asyncio.ensure_future(self._clock.sleep(pause_s)),
         ]
         try:

@@ -99,6 +99,8 @@ class Spool:
         self._running = False
         self.appended = asyncio.Event()
         """Set when something was committed; the relay clears it."""
+        self.hurried = asyncio.Event()
+        """As `appended`, when somebody waits for it to arrive: for a job."""
         self.producer = ""
         self.oldest_age_s = 0.0
 
@@ -277,6 +279,7 @@ class Spool:
         def done(place: Place | None, error: Exception | None) -> None:
             if place is not None:
                 self._committed(size, place)
+                self.hurried.set()
             else:
                 self.ledger.withdraw(size)
             self._waiting_jobs.settle(waiting, written=place is not None)

@@ -9,21 +9,26 @@ from collections.abc import AsyncIterator
 
 import grpc
 import openai
-from llmos.gateway.v1 import generation_pb2, job_service_pb2, job_service_pb2_grpc
+from llmos.gateway.v1 import (
+    generation_pb2,
+    generation_service_pb2,
+    job_service_pb2,
+    job_service_pb2_grpc,
+)
 
 from tests.bench.through_gateway import Platform
 from tests.bench.work import CannotMeasure, Stream, Work
 from tests.framework.mesh import MeshHarness
 
-POLL_S = 0.25
-RESULTS_AT_ONCE = 16
+POLL_S = 0.5
+READERS = 2
 LATE_S = 3600.0
 OTHERWISE = "Again. "
 """Begins the prompts of a batch file: the same platform has had them as jobs, and its caches know those."""
 
 
 class Jobs(Platform):
-    """`JobService.SubmitJobs`, then counts until all have ended, then each result."""
+    """`JobService.SubmitJobs`, then each result as it comes."""
 
     name = "jobs"
 
@@ -40,30 +45,40 @@ class Jobs(Platform):
             taken = await stub.SubmitJobs(self._requests(work), metadata=bearer)
             if taken.refusals:
                 raise CannotMeasure(f"{len(taken.refusals)} jobs: {taken.refusals[0].error.message}")
+            found: dict[str, Stream] = {}
+            waiting = iter(taken.job_ids)
+
+            async def read() -> None:
+                """Each result once it is there: jobs end about in the order in which they came."""
+                for job_id in waiting:
+                    while True:
+                        answer = await self._result(stub, job_id)
+                        if answer is not None:
+                            break
+                        await asyncio.sleep(POLL_S)
+                    late_s = time.perf_counter() - due_s
+                    (choice,) = answer.choices
+                    ids = tuple(choice.token_ids)
+                    tokens = answer.usage.completion_tokens
+                    found[job_id] = Stream(late_s, late_s, tokens, ids, choice.text)
+
             async with asyncio.timeout(LATE_S):
-                while True:
-                    counts = await stub.CountJobs(
-                        job_service_pb2.CountJobsRequest(batch_id=taken.batch_id), metadata=bearer
-                    )
-                    if counts.succeeded + counts.failed + counts.cancelled == len(work.prompts):
-                        break
-                    await asyncio.sleep(POLL_S)
-            places = asyncio.Semaphore(RESULTS_AT_ONCE)
-
-            async def result(job_id: str) -> Stream:
-                async with places:
-                    found = await stub.GetJob(job_service_pb2.GetJobRequest(id=job_id), metadata=bearer)
-                if found.job.state != job_service_pb2.JOB_STATE_SUCCEEDED:
-                    raise CannotMeasure(f"a job failed: {found.job.last_error.message}")
-                answer = found.result.generate
-                (choice,) = answer.choices
-                late_s = time.perf_counter() - due_s
-                ids = tuple(choice.token_ids)
-                return Stream(late_s, late_s, answer.usage.completion_tokens, ids, choice.text)
-
-            return list(await asyncio.gather(*map(result, taken.job_ids)))
+                await asyncio.gather(*(read() for _ in range(READERS)))
+            return [found[job_id] for job_id in taken.job_ids]
         except grpc.aio.AioRpcError as error:
             raise CannotMeasure(f"the platform refused: {error.code().name}: {error.details()}") from error
+
+    async def _result(
+        self, stub: job_service_pb2_grpc.JobServiceStub, job_id: str
+    ) -> generation_service_pb2.GenerateResponse | None:
+        """None: not yet."""
+        request = job_service_pb2.GetJobRequest(id=job_id)
+        found: job_service_pb2.GetJobResponse = await stub.GetJob(request, metadata=self._mesh.bearer())
+        if found.job.state in (job_service_pb2.JOB_STATE_WAITING, job_service_pb2.JOB_STATE_RUNNING):
+            return None
+        if found.job.state != job_service_pb2.JOB_STATE_SUCCEEDED:
+            raise CannotMeasure(f"a job failed: {found.job.last_error.message}")
+        return found.result.generate
 
     async def _requests(self, work: Work) -> AsyncIterator[job_service_pb2.SubmitJobsRequest]:
         for prompt in work.prompts:
