@@ -187,6 +187,7 @@ async def build(settings: GatewaySettings, clock: Clock) -> App:
             key_share=settings.key_share,
             batch_ageing_s=settings.batch_ageing_s,
             batch_share=settings.batch_share,
+            batch_alone_after_s=settings.batch_alone_after_s,
             gateways=settings.replicas,
         ),
         router.capacity,

@@ -54,8 +54,10 @@ class GatewaySettings(KafkaSettings):
     batch_ageing_s: PositiveSeconds = 5
     """Where interactive requests leave no place for batch, one of those is served so often all the same."""
     batch_share: float = Field(default=0.875, gt=0, le=1)
-    """Of a model's places, what jobs and other batch may have; one at least is always left for interactive
-    requests, where the model has more than one."""
+    """Of a model's places, what jobs and other batch may have; one at least is left for interactive requests,
+    where the model has more than one."""
+    batch_alone_after_s: PositiveSeconds = 60
+    """Where no interactive request came for so long, batch may have all places."""
     max_tokens_limit: int = Field(default=4096, ge=1, le=1_048_576)
     """The most that a request may ask for, for each choice."""
     max_total_tokens: int = Field(default=0, ge=0)

@@ -66,6 +66,7 @@ class AdmissionLimits:
     key_share: float = 1.0
     batch_ageing_s: float = 5.0
     batch_share: float = 0.875
+    batch_alone_after_s: float = 60.0
     gateways: int = 1
     """That send work to the same replicas: each gives batch its part of the share."""
 
@@ -140,6 +141,7 @@ class Admission:
         self._pools: dict[str, Pool[Permit]] = {}
         """Of the models that somebody is at work with or waits for, and of those that have places."""
         self._inside = 0
+        self._batch_alone_from_s = clock.monotonic() + limits.batch_alone_after_s
         self._of_tenant = Share("tenant", limits.tenant_share)
         self._of_key = Share("key", limits.key_share)
         self.running = 0
@@ -185,6 +187,8 @@ class Admission:
         if now_s >= claim.deadline_s:
             raise DeadlineExceeded("The deadline passed before the request could begin.")
         limits = self._limits
+        if claim.priority is Priority.INTERACTIVE:
+            self._batch_alone_from_s = now_s + limits.batch_alone_after_s
         if self._inside >= limits.max_generations:
             self._observer.refused(claim.priority, Reason.CONCURRENCY)
             raise ConcurrencyLimit(
@@ -377,6 +381,8 @@ class Admission:
 
     def _batch_places(self, capacity: int) -> int:
         """Of a model that has one place only, batch may have that: interactive requests go first in the
-        queue. Else at least one is left for them."""
+        queue. Else at least one is left for them, once there have been any of late."""
         limits = self._limits
+        if self._clock.monotonic() >= self._batch_alone_from_s:
+            return max(capacity // limits.gateways, 1)
         return max(min(int(capacity * limits.batch_share), capacity - 1) // limits.gateways, 1)

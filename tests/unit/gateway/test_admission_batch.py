@@ -27,6 +27,30 @@ async def test_its_places(capacity: int, share: float, gateways: int, places: in
     await room.close()
 
 
+@pytest.mark.parametrize(("gateways", "places"), [(1, 8), (2, 4)])
+async def test_it_has_all_places_once_nobody_has_waited_for_an_answer_for_long(
+    gateways: int, places: int
+) -> None:
+    room = Restaurant(8, batch_share=0.5, gateways=gateways, batch_alone_after_s=60)
+    await room.finish(await room.arrive(priority=Priority.INTERACTIVE))
+    await room.clock.advance(59.9)
+    assert room.admission.batch_room([MODEL]).places == places // 2
+    await room.clock.advance(0.1)
+    assert room.admission.batch_room([MODEL]).places == places
+    guests = [await room.arrive(priority=Priority.BATCH) for _ in range(places)]
+    assert len(room.at_work) == places
+    # The first who comes has the next place, and batch comes down to its share.
+    interactive = [await room.arrive(priority=Priority.INTERACTIVE) for _ in range(gateways)]
+    waiting = [await room.arrive(priority=Priority.BATCH) for _ in range(2)]
+    for guest in guests[: places // 2]:
+        await room.finish(guest)
+    assert all(guest.at_work for guest in interactive)
+    assert not any(guest.at_work for guest in waiting)
+    await room.finish(guests[-1])
+    assert [guest.at_work for guest in waiting] == [True, False]
+    await room.close()
+
+
 async def test_an_interactive_request_begins_at_once_while_batch_waits_for_its_share() -> None:
     room = Restaurant(4, batch_share=0.5)
     for _ in range(5):
@@ -54,7 +78,7 @@ def claimed(number: int, *, waits: bool) -> Attempt:
     return Attempt(claim, f"req_{number}", waits=waits)
 
 
-@pytest.mark.parametrize(("took_s", "ahead"), [(0.01, 3), (1.75, 2), (3.5, 1), (60.0, 0)])
+@pytest.mark.parametrize(("took_s", "ahead"), [(0.01, 3), (1.75, 2), (3.5, 1), (40.0, 0)])
 async def test_where_jobs_are_short_some_are_claimed_before_there_is_a_place(
     took_s: float, ahead: int
 ) -> None:
