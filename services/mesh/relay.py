@@ -1,6 +1,6 @@
 """Takes the spool's events to Kafka, and out of the spool once logging has them.
 
-Two loops that do not wait for each other: one publishes what was appended, at once; the other reports to
+Two loops that do not wait for each other: one publishes what was appended, in batches; the other reports to
 logging, trims what is stored, and rewinds where something is not stored after a while. So a broker that
 hangs does not make logging believe that this producer died, and a logging service that hangs does not stop
 publishing. Appending waits for neither.
