@@ -1,10 +1,10 @@
 """Tells the other services of each revocation and of each change of the policy, as it comes.
 
 The hub reads the store twice a second, and at once when this process has committed something: so several
-auth processes on one database need not know of each other. Whoever watches is told on each reading, also when
-there is nothing new. While the store cannot be read nobody is told anything: then what a service knows grows
-old, and it can see that. A watcher has no queue: it reads on in the hub's own list from where it was, however
-slow it is.
+auth processes on one database need not know of each other. Whoever watches is told what is new, and every
+second and a half that there is nothing. While the store cannot be read nobody is told anything: then what a
+service knows grows old, and it can see that. A watcher has no queue: it reads on in the hub's own list from
+where it was, however slow it is.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from operator import attrgetter
 
 from services.auth import store as stored
 from services.auth.store import Store
-from services.mesh.clock import Clock
+from services.mesh.clock import Clock, wait_at_most
 from services.mesh.errors import LlmosError
 from services.mesh.interceptors import Call, Link, Rest
 from services.mesh.policy import PolicyDocument
@@ -28,6 +28,8 @@ from services.mesh.watching import PolicyAnswer, RevocationsAnswer
 log = logging.getLogger(__name__)
 
 POLL_INTERVAL_S = 0.5
+NOTHING_NEW_INTERVAL_S = 1.5
+"""So often it is told that there is nothing new: watchers take five seconds of silence for an outage."""
 MAX_IN_ANSWER = 5_000
 """Revocations, in one answer: well below the limit of a message."""
 FORGET_INTERVAL_S = 60.0
@@ -64,6 +66,7 @@ class Hub:
         self._version = -1
         self._forgot_s = clock.monotonic()
         self._told = asyncio.Event()
+        self._told_s = clock.monotonic()
         self._woken = asyncio.Event()
         self._failing = False
         self._task: asyncio.Task[None] | None = None
@@ -96,7 +99,7 @@ class Hub:
         return wake
 
     async def revocations(self) -> AsyncGenerator[RevocationsAnswer, None]:
-        """First all of them, then each as it comes; an answer at least at each reading of the store."""
+        """First all of them, then each as it comes; an answer from time to time where there is none."""
         state, told = await self._current(), self._told
         live = [each for each in state.live if each.expires_at > self._clock.now()]
         snapshot = True
@@ -136,20 +139,13 @@ class Hub:
             self._failing = False
 
     async def _pause(self) -> None:
-        waits = [
-            asyncio.ensure_future(self._woken.wait()),
-            asyncio.ensure_future(self._clock.sleep(POLL_INTERVAL_S)),
-        ]
-        try:
-            await asyncio.wait(waits, return_when=asyncio.FIRST_COMPLETED)
-        finally:
-            for wait in waits:
-                wait.cancel()
+        await wait_at_most(self._clock, self._woken, POLL_INTERVAL_S)
         self._woken.clear()
 
     async def _read(self) -> None:
         version = await self._store.version()
         before = self._state
+        is_news = self._failing or before is None or version != self._version
         if before is None or version != self._version:
             now = self._clock.now()
             last = before.version if before else 0
@@ -164,7 +160,10 @@ class Hub:
             self._version = version
             self.revoked.apply(before is None, last, new)
         self._forget()
-        self._tell()
+        now_s = self._clock.monotonic()
+        if is_news or now_s - self._told_s >= NOTHING_NEW_INTERVAL_S:
+            self._told_s = now_s
+            self._tell()
 
     def _forget(self) -> None:
         """Drops what has expired. What watchers hold is another list."""

@@ -31,6 +31,7 @@ from services.gateway.cutting import RunningCredentials
 from services.gateway.first_replica import FIRST_REPLICA, FirstReplica
 from services.gateway.http import HttpEdge
 from services.gateway.http_cors import Cors
+from services.gateway.http_receiving import Receiving
 from services.gateway.http_server import HttpLimits, HttpServer
 from services.gateway.jobs.assembly import build_jobs
 from services.gateway.jobs.working.assembly import build_worker
@@ -168,11 +169,9 @@ async def build(settings: GatewaySettings, clock: Clock) -> App:
     )
 
     # What is done for them.
+    ports = [GrpcInference(to, clock, probe_timeout_s=settings.probe_timeout_s) for to in inference]
     router = Router(
-        [
-            Replica(target, GrpcInference(to, probe_timeout_s=settings.probe_timeout_s))
-            for target, to in zip(settings.inference_targets, inference, strict=True)
-        ],
+        [Replica(target, port) for target, port in zip(settings.inference_targets, ports, strict=True)],
         clock,
         probe_interval_s=settings.probe_interval_s,
         max_running=settings.max_concurrent_per_replica,
@@ -316,6 +315,9 @@ async def build(settings: GatewaySettings, clock: Clock) -> App:
         host=settings.http_listen_host,
         port=settings.http_port,
         running=running,
+        receiving=Receiving(
+            running, max_bodies=settings.http_max_receiving, max_bytes=settings.http_max_receiving_bytes
+        ),
         limits=HttpLimits(
             max_connections=settings.http_max_connections,
             max_head_bytes=settings.http_max_head_bytes,
@@ -349,6 +351,7 @@ async def build(settings: GatewaySettings, clock: Clock) -> App:
             relay,
             trail,
             Closing(keys.close),
+            *(Closing(port.close) for port in ports),
             router,
             FirstReplica(router, health, clock),
             *jobs.components,

@@ -97,13 +97,15 @@ class RequestRecord:
         self._receive_time = receive_time
         self._audit = audit
         self._intent: asyncio.Future[None] | None = None
+        self._begun_with: RequestFacts | None = None
 
     def begin(self, *, urgent: bool = True) -> None:
         """The request has passed all refusals: starts to write its intent, and returns at once. It is not
         urgent where the answer takes a while."""
         if self._intent is not None:
             raise Internal("a request began twice")
-        self._intent = self._audit.append_started(RequestStarted(self.facts()), urgent=urgent)
+        facts = self._begun_with = self.facts()
+        self._intent = self._audit.append_started(RequestStarted(facts), urgent=urgent)
 
     @property
     def has_begun(self) -> bool:
@@ -116,6 +118,7 @@ class RequestRecord:
         if self._intent.done():
             self._intent.result()
         else:
+            self._audit.hurry(self.request_id)
             await asyncio.shield(self._intent)
         self.is_committed = True
 
@@ -145,7 +148,7 @@ class RequestRecord:
         intent_stored = self._intent is not None and self._intent.exception() is None
         return self._audit.append_ended(
             RequestEnded(
-                facts=self.facts(),
+                facts=self._begun_with or self.facts(),
                 outcome=self._outcome(error, intent_stored),
                 error_reason="" if error is None else error.reason,
                 status_code=int(Status.OK if error is None else error.status),

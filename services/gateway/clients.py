@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncGenerator
+from collections.abc import AsyncGenerator, Sequence
 from datetime import UTC
 from enum import IntEnum
 from types import TracebackType
@@ -21,6 +21,7 @@ from llmos.inference.v1 import (
 )
 from llmos.logging.v1 import audit_service_pb2, audit_service_pb2_grpc
 
+from services.gateway.delta_watch import DeltaWatch, Inbox, WatchedDelta
 from services.gateway.generation import (
     Alternative,
     Capability,
@@ -38,9 +39,12 @@ from services.gateway.generation import (
     ValidPrompt,
 )
 from services.mesh.channel import Channel
+from services.mesh.clock import Clock
 from services.mesh.context import Identity
 from services.mesh.errors import DeadlineExceeded, DependencyUnavailable, ReplicaLost
 
+WATCH_TIMEOUT_S = 86_400.0
+"""More than a replica lets a call last, so that it is the replica that ends it."""
 JOB_GATHER_MS = 1000
 """Whoever watches a job sees how far it is about once a second."""
 _SAMPLING = (
@@ -92,11 +96,21 @@ class GrpcRenewal:
 class GrpcInference:
     """An `InferencePort` over one replica's channel."""
 
-    def __init__(self, channel: Channel, *, probe_timeout_s: float = 2.0) -> None:
+    def __init__(self, channel: Channel, clock: Clock, *, probe_timeout_s: float = 2.0) -> None:
         self._channel = channel
         self._inference = inference_service_pb2_grpc.InferenceServiceStub(channel)
+        self._watch = DeltaWatch(self, clock)
         self._fleet = fleet_service_pb2_grpc.FleetServiceStub(channel)
         self._probe_timeout_s = probe_timeout_s
+
+    @property
+    def is_watching(self) -> bool:
+        """Whether the deltas of what begins now come in one stream with all others."""
+        return self._watch.is_open
+
+    async def close(self) -> None:
+        """Ends the watch of deltas; what runs gets the rest in its own call."""
+        await self._watch.close()
 
     async def generate(
         self, request_id: str, request: ValidGeneration, *, whole: bool = False
@@ -117,19 +131,57 @@ class GrpcInference:
                 yield _delta(delta)
             yield _finished(found.finished)
             return
+        # Of a job's deltas there are few.
+        inbox = None if request.is_job else self._watch.inbox()
+        if inbox is not None:
+            message.watched.watch_id, message.watched.number = inbox.watch_id, inbox.number
         call = self._inference.Generate(message)
+        seq = 0
         try:
             with _lost:
                 async for response in call:
                     # The token path: no more than what an edge or the check of the sequence needs.
                     if response.HasField("delta"):
+                        seq = _next(seq, response.delta.seq, inbox)
                         yield _delta(response.delta)
                     elif response.HasField("started"):
                         yield _started(response.started)
+                        if inbox is not None and response.watched:
+                            async for watched in inbox:
+                                seq = _next(seq, watched.seq, inbox)
+                                yield watched
                     elif response.HasField("finished"):
+                        _next(seq, response.last_seq + 1, inbox)
                         yield _finished(response.finished)
         finally:
             call.cancel()
+            if inbox is not None:
+                inbox.close()
+
+    def connection(self) -> object:
+        """As a `DeltaSource`."""
+        return self._channel.inner()
+
+    async def watch(self, watch_id: str) -> AsyncGenerator[Sequence[WatchedDelta], None]:
+        """As a `DeltaSource`."""
+        request = inference_service_pb2.WatchDeltasRequest(watch_id=watch_id)
+        call = self._inference.WatchDeltas(request, timeout=WATCH_TIMEOUT_S)
+        try:
+            async for response in call:
+                yield [
+                    WatchedDelta(
+                        each.number, _delta(each.delta) if each.HasField("delta") else None, each.last
+                    )
+                    for each in response.deltas
+                ]
+        finally:
+            call.cancel()
+
+    async def unwatch(self, watch_id: str, number: int) -> None:
+        """As a `DeltaSource`."""
+        request = inference_service_pb2.UnwatchDeltasRequest()
+        request.watched.watch_id, request.watched.number = watch_id, number
+        await self._inference.UnwatchDeltas(request, timeout=self._probe_timeout_s)
 
     async def count_tokens(self, request: ValidPrompt) -> TokenCount:
         message = inference_service_pb2.TokenizeRequest(model=request.model)
@@ -200,6 +252,14 @@ class _Lost:
 
 
 _lost = _Lost()
+
+
+def _next(before: int, seq: int, inbox: Inbox | None) -> int:
+    """The number of a delta. Of two ways one may end too soon, which leaves a gap; on one alone a gap is a
+    fault, and found out by those who read it. Raises ReplicaLost."""
+    if inbox is not None and seq != before + 1:
+        raise ReplicaLost("A part of the answer was lost on its way from the replica.")
+    return seq
 
 
 def _fill_spec(spec: generation_pb2.GenerationSpec, request: ValidGeneration) -> None:

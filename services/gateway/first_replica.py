@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 
 from services.gateway.routing import Router
-from services.mesh.clock import Clock
+from services.mesh.clock import Clock, wait_at_most
 from services.mesh.health import Health
 
 FIRST_REPLICA = "first replica"
@@ -31,13 +31,5 @@ class FirstReplica:
             await asyncio.gather(self._task, return_exceptions=True)
 
     async def _wait(self) -> None:
-        waits = [
-            asyncio.ensure_future(self._router.found.wait()),
-            asyncio.ensure_future(self._clock.sleep(FIRST_REPLICA_WAIT_S)),
-        ]
-        try:
-            await asyncio.wait(waits, return_when=asyncio.FIRST_COMPLETED)
-        finally:
-            for wait in waits:
-                wait.cancel()
+        await wait_at_most(self._clock, self._router.found, FIRST_REPLICA_WAIT_S)
         await self._health.set_part(FIRST_REPLICA, ready=True)

@@ -224,9 +224,7 @@ class HttpEdge:
                 if isinstance(event, Started):
                     created_s = int(self._clock.now().timestamp())
                     writer = face.writer(body, event, created_s=created_s, n=request.n)
-                    await exchange.begin_stream(writer.failed)
-                    if opening := writer.opening():
-                        await exchange.send(opening)
+                    await exchange.begin_stream(writer.failed, writer.opening())
                 elif writer is None:
                     raise Internal("a stream did not begin with Started")
                 elif isinstance(event, Delta):

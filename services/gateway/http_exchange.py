@@ -15,8 +15,9 @@ from typing import Any
 
 from services.gateway import http_errors
 from services.gateway.http_errors import unsupported_media_type
+from services.gateway.http_receiving import ReceivingBody
 from services.mesh.clock import Clock
-from services.mesh.errors import Cancelled, LlmosError, MessageTooLarge
+from services.mesh.errors import Cancelled, ConcurrencyLimit, LlmosError, MessageTooLarge
 
 Scope = MutableMapping[str, Any]
 Message = MutableMapping[str, Any]
@@ -97,11 +98,24 @@ class Exchange:
         return body
 
     async def body(self, max_bytes: int) -> bytes:
-        """The whole body. Raises MessageTooLarge, or Cancelled where the caller leaves meanwhile."""
+        """The whole body. Raises MessageTooLarge, ConcurrencyLimit where too many come slowly or all places
+        are taken when it is here, or Cancelled where the caller leaves meanwhile."""
         declared = self.headers.get("content-length", "")
         if declared.isdecimal() and int(declared) > max_bytes * DISCARD_FACTOR:
             self._close = True
             raise _too_large(max_bytes)
+        connection = self.scope.get("llmos.connection")
+        receiving: ReceivingBody | None = None if connection is None else connection.receiving()
+        if receiving is None:
+            return await self._whole(max_bytes, None)
+        try:
+            with receiving:
+                return await self._whole(max_bytes, receiving)
+        except ConcurrencyLimit:
+            self._close = not self._received
+            raise
+
+    async def _whole(self, max_bytes: int, receiving: ReceivingBody | None) -> bytes:
         parts: list[bytes] = []
         size = 0
         while not self._received:
@@ -111,6 +125,8 @@ class Exchange:
                 parts.clear()
             else:
                 parts.append(part)
+            if receiving is not None:
+                receiving.holds(size if parts else 0)
             if size > max_bytes * DISCARD_FACTOR:
                 self._close = True
                 raise _too_large(max_bytes)
@@ -165,14 +181,23 @@ class Exchange:
     async def respond(self, status: int, body: bytes, headers: Iterable[Header] = (JSON,)) -> None:
         """Sends the whole answer."""
         length = (b"content-length", b"%d" % len(body))
+        if self.scope["method"] != "HEAD":
+            self._hold()
         await self._start(status, (*headers, length))
         self._complete = True
         await self._send({"type": "http.response.body", "body": body, "more_body": False})
 
-    async def begin_stream(self, failed: Callable[[LlmosError], bytes] = http_errors.event) -> None:
-        """Sends the head of a stream of server-sent events; `failed` writes the last ones of a broken one."""
+    async def begin_stream(
+        self, failed: Callable[[LlmosError], bytes] = http_errors.event, opening: bytes = b""
+    ) -> None:
+        """Sends the head of a stream of server-sent events, and the events that open it; `failed` writes the
+        last ones of a broken one."""
         self._failed = failed
+        if opening:
+            self._hold()
         await self._start(200, _STREAM)
+        if opening:
+            await self.send(opening)
 
     async def begin_content(self, length: int, headers: Iterable[Header]) -> None:
         """Sends the head of an answer whose body is sent in pieces. One that breaks off ends its connection,
@@ -212,6 +237,12 @@ class Exchange:
     def close(self) -> None:
         """Ends the watching."""
         self._watched = None
+
+    def _hold(self) -> None:
+        """The head that is sent next goes with what follows it."""
+        connection = self.scope.get("llmos.connection")
+        if connection is not None:
+            connection.hold()
 
     async def _start(self, status: int, headers: Iterable[Header]) -> None:
         self._begun = True

@@ -1,5 +1,6 @@
-"""Writes a stream's events together where they come in a burst: each write is a call of the system's, and
-wakes the reader. Nothing waits longer than GATHER_S, and what comes after a pause is written at once."""
+"""Writes together what belongs together: each write is a call of the system's, and wakes the reader. The head
+of an answer waits for its body; a stream's events wait for each other where they come in a burst, none longer
+than GATHER_S, and what comes after a pause is written at once."""
 
 from __future__ import annotations
 
@@ -14,13 +15,15 @@ MAX_GATHERED_BYTES = 16 * 1024
 class GatheringTransport:
     """A transport that can do so; all else is the inner one's."""
 
-    __slots__ = ("_inner", "_loop", "_pending", "_pending_bytes", "_timer", "_written_s", "on")
+    __slots__ = ("_inner", "_loop", "_pending", "_pending_bytes", "_timer", "_written_s", "holds", "on")
 
     def __init__(self, inner: asyncio.Transport, loop: asyncio.AbstractEventLoop) -> None:
         self._inner = inner
         self._loop = loop
         self.on = False
         """Whether writes may wait."""
+        self.holds = False
+        """Whether the next write waits for the one after it, which has to follow."""
         self._pending: list[bytes] = []
         self._pending_bytes = 0
         self._timer: asyncio.TimerHandle | None = None
@@ -30,6 +33,11 @@ class GatheringTransport:
         return getattr(self._inner, name)
 
     def write(self, data: bytes) -> None:
+        if self.holds:
+            self.holds = False
+            self._pending.append(data)
+            self._pending_bytes += len(data)
+            return
         if not self.on:
             self._flush(data)
             return

@@ -23,6 +23,7 @@ from uvicorn.server import ServerState
 
 from services.gateway import http_errors
 from services.gateway.http_gathering import GatheringTransport
+from services.gateway.http_receiving import Receiving, ReceivingBody
 from services.mesh.running import RunningCalls
 from services.mesh.tls import TlsFiles
 
@@ -52,10 +53,16 @@ class BoundedProtocol(HttpToolsProtocol):
     """One connection."""
 
     def __init__(
-        self, config: Config, state: ServerState, limits: HttpLimits, on_lost: Callable[[], None]
+        self,
+        config: Config,
+        state: ServerState,
+        limits: HttpLimits,
+        bodies: Receiving,
+        on_lost: Callable[[], None],
     ) -> None:
         super().__init__(config, state, {})
         self._limits = limits
+        self._bodies = bodies
         self._on_lost = on_lost
         self._receiving: asyncio.TimerHandle | None = None
         self._stalling: asyncio.TimerHandle | None = None
@@ -73,6 +80,10 @@ class BoundedProtocol(HttpToolsProtocol):
         if self.transport.is_closing():
             tell()
 
+    def receiving(self) -> ReceivingBody | None:
+        """The block in which the request's body is read; None where all of it is here."""
+        return self._bodies.body() if self._in_message else None
+
     def allow_receiving(self, timeout_s: float) -> None:
         """Gives what is left of the request that is being received so long, in place of what there was."""
         if self._receiving is not None:
@@ -87,6 +98,11 @@ class BoundedProtocol(HttpToolsProtocol):
         """Whether what is written may wait a moment for what comes next; to be ended before the last one."""
         if self._gathering is not None:
             self._gathering.on = on
+
+    def hold(self) -> None:
+        """Has what is written next wait for what is written after it, which has to follow."""
+        if self._gathering is not None:
+            self._gathering.holds = True
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
         self._gathering = GatheringTransport(transport, self.loop)
@@ -208,6 +224,7 @@ class HttpServer:
         host: str,
         port: int,
         running: RunningCalls,
+        receiving: Receiving,
         limits: HttpLimits,
         tls: TlsFiles | None = None,
     ) -> None:
@@ -215,6 +232,7 @@ class HttpServer:
         self._host = host
         self._port = port
         self._running = running
+        self._receiving = receiving
         self._limits = limits
         self._tls = tls
         self._state = ServerState()
@@ -285,7 +303,7 @@ class HttpServer:
             self._empty.set()
 
     def _protocol(self) -> asyncio.Protocol:
-        return BoundedProtocol(self._config, self._state, self._limits, self._on_lost)
+        return BoundedProtocol(self._config, self._state, self._limits, self._receiving, self._on_lost)
 
 
 def reloading_context(files: TlsFiles) -> ssl.SSLContext:

@@ -61,7 +61,10 @@ class AuditPort(Protocol):
 
     def append_started(self, event: RequestStarted, *, urgent: bool = True) -> asyncio.Future[None]:
         """The future raises AuditUnavailable where the spool is full and the deployment chose `strict`. One
-        that is not urgent is on disk some milliseconds later, where there are many."""
+        that is not urgent is on disk some milliseconds later, where there are many, or when it is hurried."""
+
+    def hurry(self, request_id: str) -> None:
+        """Somebody waits for the intent of a request that is not yet on disk."""
 
     def append_ended(self, event: RequestEnded) -> asyncio.Future[None]:
         """As `append_started`; room is kept for the outcomes of what has begun."""

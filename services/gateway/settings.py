@@ -178,6 +178,11 @@ class GatewaySettings(KafkaSettings):
     http_max_head_bytes: int = Field(default=16 * 1024, ge=1024)
     """A request's first line and headers together."""
     http_max_body_bytes: int = Field(default=4 * MIB, ge=1024)
+    http_max_receiving: int = Field(default=512, ge=1)
+    """Bodies that are on their way at once. They hold no place of `max_concurrent_calls`; where there are
+    more, the one that has been on its way for the longest is refused."""
+    http_max_receiving_bytes: int = Field(default=256 * MIB, ge=MIB)
+    """What these hold together; at least a body's limit."""
     http_receive_timeout_s: PositiveSeconds = 8
     """From a request's first byte to its last."""
     http_idle_timeout_s: int = Field(default=15, ge=1, le=3600)
@@ -222,6 +227,8 @@ class GatewaySettings(KafkaSettings):
                 raise ValueError(
                     f"http_cors_origins: {origin!r} is not an origin such as https://chat.example"
                 )
+        if self.http_max_receiving_bytes < self.http_max_body_bytes:
+            raise ValueError("http_max_receiving_bytes must not be below http_max_body_bytes")
         if 0 < self.max_total_tokens < self.max_tokens_limit:
             raise ValueError("max_total_tokens must not be below max_tokens_limit")
         if self.files_s3_endpoint and not (

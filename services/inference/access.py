@@ -9,7 +9,9 @@ from services.mesh.errors import PolicyDenied
 from services.mesh.interceptors import Authenticator
 from services.mesh.tokens import GATEWAY
 
-WATCHES = frozenset({"/llmos.inference.v1.FleetService/WatchLoad"})
+WATCHES = frozenset(
+    {"/llmos.inference.v1.FleetService/WatchLoad", "/llmos.inference.v1.InferenceService/WatchDeltas"}
+)
 """Methods that last as long as the gateway likes: the drain ends them at once."""
 
 

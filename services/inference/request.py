@@ -5,10 +5,13 @@ The rules of the protos have been checked before: values are in range.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 from llmos.common.v1 import finish_reason_pb2, usage_pb2
 from llmos.gateway.v1 import generation_pb2, model_service_pb2
 from llmos.inference.v1 import fleet_service_pb2, inference_service_pb2
 
+from services.inference.delta_watches import Entry
 from services.inference.engine.port import (
     Alternative,
     Capability,
@@ -56,9 +59,14 @@ HEARTBEAT_MS = 1000
 
 
 def parse_generate(
-    message: inference_service_pb2.GenerateRequest, *, tenant: str, timeout_s: float | None
+    message: inference_service_pb2.GenerateRequest,
+    *,
+    tenant: str,
+    timeout_s: float | None,
+    gather_s: float = 0.0,
 ) -> GenerationRequest:
-    """Raises NotImplementedYet and RequestInvalid, which name the field."""
+    """`gather_s` goes before the message's. Raises NotImplementedYet and RequestInvalid, which name the
+    field."""
     spec = message.spec
     if spec.tools or spec.HasField("tool_choice"):
         raise _not_yet("spec.tools")
@@ -80,6 +88,7 @@ def parse_generate(
         tenant=tenant,
         priority=_PRIORITIES[message.priority],
         delivered=tuple(tuple(choice.token_ids) for choice in message.delivered),
+        gather_s=gather_s or message.gather_ms / 1000,
     )
 
 
@@ -130,15 +139,37 @@ def _not_yet(field: str) -> NotImplementedYet:
     return NotImplementedYet(f"`{field}` is not offered yet.", metadata={"field": field})
 
 
-def event_message(event: EngineEvent, *, seq: int, replica: str) -> inference_service_pb2.GenerateResponse:
-    """`seq` is the number of a Delta; other events have none."""
+def event_message(
+    event: EngineEvent, *, seq: int, replica: str, watched: bool = False
+) -> inference_service_pb2.GenerateResponse:
+    """`seq` is the number of the last Delta, this one included. `watched`: it goes by a watch, if it can."""
     match event:
         case Started():
-            return inference_service_pb2.GenerateResponse(started=_started(event, replica))
+            return inference_service_pb2.GenerateResponse(started=_started(event, replica), watched=watched)
         case Delta():
             return inference_service_pb2.GenerateResponse(delta=_delta(event, seq))
         case Finished():
-            return inference_service_pb2.GenerateResponse(finished=_finished(event))
+            return inference_service_pb2.GenerateResponse(finished=_finished(event), last_seq=seq)
+
+
+def watched_message(entries: Sequence[Entry]) -> inference_service_pb2.WatchDeltasResponse:
+    return inference_service_pb2.WatchDeltasResponse(
+        deltas=[
+            inference_service_pb2.WatchedDelta(
+                number=entry.number,
+                delta=None if entry.delta is None else _delta(entry.delta, entry.seq),
+                last=entry.last,
+            )
+            for entry in entries
+        ]
+    )
+
+
+def left_message(entry: Entry) -> inference_service_pb2.GenerateResponse:
+    """A delta that did not get into its watch."""
+    if entry.delta is None:
+        raise ValueError("there is no delta in it")
+    return inference_service_pb2.GenerateResponse(delta=_delta(entry.delta, entry.seq))
 
 
 def whole_message(

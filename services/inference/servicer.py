@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import asyncio
+import math
 from collections.abc import AsyncGenerator, AsyncIterator
 from contextlib import aclosing
 
@@ -14,10 +16,14 @@ from llmos.inference.v1 import (
 )
 
 from services.inference import request as requests
-from services.inference.engine.port import Delta, Engine, EngineEvent
-from services.inference.whole import Whole, gathered
+from services.inference.delta_watches import DeltaWatch, DeltaWatches, Way
+from services.inference.engine.port import Delta, Engine, EngineEvent, Started
+from services.inference.whole import Whole
 from services.mesh import context
 from services.mesh.clock import Clock
+
+WATCH_END_MARGIN_S = 5.0
+"""So long before its deadline a watch of deltas ends by itself."""
 
 
 class InferenceServicer(inference_service_pb2_grpc.InferenceServiceServicer):
@@ -27,6 +33,7 @@ class InferenceServicer(inference_service_pb2_grpc.InferenceServiceServicer):
         self._engine = engine
         self._clock = clock
         self._replica = replica
+        self._watches = DeltaWatches()
 
     async def Generate(
         self,
@@ -36,14 +43,66 @@ class InferenceServicer(inference_service_pb2_grpc.InferenceServiceServicer):
         ],
     ) -> AsyncIterator[inference_service_pb2.GenerateResponse]:
         seq = request.after_seq
-        # Whatever ends the call closes the generator, and so the work.
-        generated = self._generated(request)
-        if request.gather_ms:
-            generated = gathered(generated, request.spec.n or 1, request.gather_ms / 1000, self._clock)
-        async with aclosing(generated) as events:
-            async for event in events:
-                seq += isinstance(event, Delta)
-                yield requests.event_message(event, seq=seq, replica=self._replica)
+        way = self._way(request)
+        try:
+            # Whatever ends the call closes the generator, and so the work.
+            async with aclosing(self._generated(request)) as events:
+                async for event in events:
+                    if isinstance(event, Delta):
+                        seq += 1
+                        if way is not None and await way.put(seq, event):
+                            continue
+                    if way is not None and not isinstance(event, Started):
+                        for entry in await way.left():
+                            yield requests.left_message(entry)
+                    yield requests.event_message(
+                        event, seq=seq, replica=self._replica, watched=way is not None
+                    )
+        finally:
+            if way is not None:
+                way.close()
+
+    def _way(self, request: inference_service_pb2.GenerateRequest) -> Way | None:
+        """Where the deltas go, if not into the call."""
+        if not request.HasField("watched"):
+            return None
+        watch = self._watches.get(request.watched.watch_id)
+        return None if watch is None else watch.way(request.watched.number)
+
+    async def WatchDeltas(
+        self,
+        request: inference_service_pb2.WatchDeltasRequest,
+        servicer_context: grpc.aio.ServicerContext[
+            inference_service_pb2.WatchDeltasRequest, inference_service_pb2.WatchDeltasResponse
+        ],
+    ) -> AsyncIterator[inference_service_pb2.WatchDeltasResponse]:
+        with self._watches.open(request.watch_id) as watch:
+            left_s = context.require_current().deadline_s - self._clock.monotonic()
+            # Before the deadline cuts it off: so all that was taken arrives.
+            ending = asyncio.create_task(self._end_in(watch, left_s - WATCH_END_MARGIN_S))
+            try:
+                yield inference_service_pb2.WatchDeltasResponse()
+                while entries := await watch.take():
+                    yield requests.watched_message(entries)
+            finally:
+                ending.cancel()
+
+    async def _end_in(self, watch: DeltaWatch, left_s: float) -> None:
+        if left_s < math.inf:
+            await self._clock.sleep(max(left_s, 0.0))
+            watch.end_soon()
+
+    async def UnwatchDeltas(
+        self,
+        request: inference_service_pb2.UnwatchDeltasRequest,
+        servicer_context: grpc.aio.ServicerContext[
+            inference_service_pb2.UnwatchDeltasRequest, inference_service_pb2.UnwatchDeltasResponse
+        ],
+    ) -> inference_service_pb2.UnwatchDeltasResponse:
+        watch = self._watches.get(request.watched.watch_id)
+        if watch is not None:
+            watch.leave(request.watched.number)
+        return inference_service_pb2.UnwatchDeltasResponse()
 
     async def GenerateWhole(
         self,
@@ -54,20 +113,23 @@ class InferenceServicer(inference_service_pb2_grpc.InferenceServiceServicer):
     ) -> inference_service_pb2.GenerateWholeResponse:
         arrived_s = self._clock.monotonic()
         whole = Whole(request.request.spec.n or 1)
-        async with aclosing(self._generated(request.request)) as events:
+        async with aclosing(self._generated(request.request, gather_s=math.inf)) as events:
             async for event in events:
                 if isinstance(event, Delta) and not whole.time_to_first_token_s:
                     whole.time_to_first_token_s = self._clock.monotonic() - arrived_s
                 whole.add(event)
         return requests.whole_message(whole, after_seq=request.request.after_seq, replica=self._replica)
 
-    def _generated(self, request: inference_service_pb2.GenerateRequest) -> AsyncGenerator[EngineEvent, None]:
+    def _generated(
+        self, request: inference_service_pb2.GenerateRequest, *, gather_s: float = 0.0
+    ) -> AsyncGenerator[EngineEvent, None]:
         current = context.require_current()
         left_s = current.deadline_s - self._clock.monotonic()
         parsed = requests.parse_generate(
             request,
             tenant=current.identity.tenant_id,
             timeout_s=left_s if left_s < float("inf") else None,
+            gather_s=gather_s,
         )
         return self._engine.generate(parsed)
 

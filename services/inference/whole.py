@@ -1,13 +1,8 @@
-"""A generation put together, in one piece or in few, for callers who do not read along."""
+"""A generation put together, for callers who do not read along."""
 
 from __future__ import annotations
 
-from collections.abc import AsyncGenerator
-from contextlib import aclosing
-
 from services.inference.engine.port import Delta, EngineEvent, Finished, Started, TokenLogprob
-from services.mesh.clock import Clock
-from services.mesh.errors import LlmosError
 
 
 class Whole:
@@ -40,28 +35,3 @@ class Whole:
             for choice, texts in enumerate(self._texts)
             if texts
         ]
-
-
-async def gathered(
-    events: AsyncGenerator[EngineEvent, None], n: int, gather_s: float, clock: Clock
-) -> AsyncGenerator[EngineEvent, None]:
-    """The same generation in fewer deltas: after the first one, `gather_s` lie between two at least, and the
-    last come with the end, or before the error. `n`: the number of choices."""
-    pending, sent_s = Whole(n), float("-inf")
-    async with aclosing(events):
-        try:
-            async for event in events:
-                pending.add(event)
-                now_s = clock.monotonic()
-                if isinstance(event, Delta) and now_s < sent_s + gather_s:
-                    continue
-                for delta in pending.deltas():
-                    sent_s = now_s
-                    yield delta
-                pending = Whole(n)
-                if not isinstance(event, Delta):
-                    yield event
-        except LlmosError:
-            for delta in pending.deltas():
-                yield delta
-            raise

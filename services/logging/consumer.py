@@ -26,8 +26,7 @@ _tracer = trace.get_tracer("llmos.audit")
 T = TypeVar("T")
 
 MAX_BATCH = 1000
-POLL_S = 1.0
-CHECK_EVERY_S = 2.0
+CHECK_EVERY_S = 3.0
 MAX_GOAL_AGE_S = 20.0
 MAX_LINKS = 64
 FIRST_BACKOFF_S, MAX_BACKOFF_S = 0.2, 5.0
@@ -54,6 +53,8 @@ class TopicConsumer:
         self._progress_s = 0.0
         self._offsets: dict[int, int] = {}
         """By partition, as the intake has them."""
+        self._uncommitted: dict[int, int] = {}
+        """Those that Kafka was not told of."""
         self._goal: tuple[float, dict[int, int]] | None = None
         """A moment, and what Kafka had then: once that is read, who was silent up to then was silent."""
         self._checked_s = float("-inf")
@@ -70,6 +71,7 @@ class TopicConsumer:
             self._task.cancel()
             with contextlib.suppress(asyncio.CancelledError):
                 await self._task
+        await self._commit()
         await self._source.close()
 
     async def open(self) -> None:
@@ -79,7 +81,7 @@ class TopicConsumer:
         await self._source.open(self._offsets)
         await self._note_rewind()
 
-    async def step(self, max_records: int = MAX_BATCH, timeout_s: float = POLL_S) -> int:
+    async def step(self, max_records: int, timeout_s: float) -> int:
         """Takes the next records; returns how many. Raises LlmosError."""
         records = await self._source.poll(max_records, timeout_s)
         if not records:
@@ -100,17 +102,19 @@ class TopicConsumer:
             offsets = {record.partition: record.offset + 1 for record in records}
             await self._told(self._intake.take(records, offsets))
         self._offsets.update(offsets)
+        self._uncommitted.update(offsets)
         self._progress_s = self._clock.monotonic()
-        await self._source.commit(offsets)
         await self._reach_goal()
         return len(records)
 
     async def check(self) -> bool:
-        """Compares with what Kafka has; False where it has more and nothing comes.
+        """Compares with what Kafka has, and tells it how far this reader is; False where Kafka has more and
+        nothing comes.
 
         Raises DependencyUnavailable.
         """
         now_s = self._clock.monotonic()
+        await self._commit()
         ends = await self._source.ends()
         if self._reads_up_to(ends):
             self._progress_s = max(self._progress_s, now_s)
@@ -119,6 +123,11 @@ class TopicConsumer:
             self._goal = now_s, ends
         await self._reach_goal()
         return now_s - self._progress_s < self._stalled_after_s
+
+    async def _commit(self) -> None:
+        if self._uncommitted:
+            offsets, self._uncommitted = self._uncommitted, {}
+            await self._source.commit(offsets)
 
     async def _told(self, work: Awaitable[T]) -> T:
         """A database that fails is told by health. A broker that is away is not, since queries work; nor is a
@@ -174,7 +183,8 @@ class TopicConsumer:
     async def _read_on(self) -> None:
         """Until something fails or hangs."""
         while True:
-            stored = await self.step()
+            until_check_s = self._checked_s + CHECK_EVERY_S - self._clock.monotonic()
+            stored = await self.step(MAX_BATCH, max(until_check_s, 0.0))
             if stored:
                 await self._on_health(True)
             if self._clock.monotonic() - self._checked_s >= CHECK_EVERY_S:

@@ -10,7 +10,9 @@ from __future__ import annotations
 
 import asyncio
 import json
+import types
 from collections.abc import AsyncIterator, Awaitable, Callable, Generator
+from contextvars import Context
 from functools import lru_cache
 from typing import Any, Protocol
 
@@ -29,6 +31,8 @@ IDENTITY_KEY = "llmos-identity-bin"
 TLS_CHECK_INTERVAL_S = 1.0
 MAX_PACKED = 2048
 """Callers whose identity is remembered in its form on the wire."""
+WINDOW_BYTES = 64 * 1024
+"""What the other side may send of a stream before it is read here."""
 DEFAULT_TIMEOUT_S = 30.0
 """Of a call that is made outside of a request and names no timeout."""
 
@@ -46,6 +50,7 @@ _SERVICE_CONFIG = {
             "name": [
                 {"service": "llmos.inference.v1.InferenceService", "method": "Generate"},
                 {"service": "llmos.inference.v1.InferenceService", "method": "GenerateWhole"},
+                {"service": "llmos.inference.v1.InferenceService", "method": "WatchDeltas"},
             ]
         },
         {"name": [{}], "retryPolicy": _RETRY},
@@ -72,6 +77,9 @@ def channel_options(max_message_bytes: int) -> list[tuple[str, Any]]:
         ("grpc.min_reconnect_backoff_ms", 100),
         ("grpc.max_reconnect_backoff_ms", 2_000),
         ("grpc.enable_http_proxy", 0),
+        # Else the window follows what the busiest stream takes, and one whose reader stalls fills it too.
+        ("grpc.http2.bdp_probe", 0),
+        ("grpc.http2.lookahead_bytes", WINDOW_BYTES),
         ("grpc.service_config", json.dumps(_SERVICE_CONFIG)),
     ]
 
@@ -258,14 +266,37 @@ class OutgoingStream:
             self._call.cancel()
 
 
-class _NextTurn:
-    """Awaited, it lets the event loop go round once."""
+class _Unshared:
+    """A future, as the task takes it that waits for it: cancelled, it ends the waiting, and not the future.
 
-    def __await__(self) -> Generator[None, None, None]:
-        yield
+    `asyncio.shield` says the same with a second future and three turns of the event loop, for each token.
+    """
+
+    __slots__ = ("_asyncio_future_blocking", "_context", "_future", "_wake")
+
+    def __init__(self, future: asyncio.Future[Any]) -> None:
+        self._asyncio_future_blocking = True
+        self._future = future
+
+    def get_loop(self) -> asyncio.AbstractEventLoop:
+        return self._future.get_loop()
+
+    def add_done_callback(self, wake: Callable[[asyncio.Future[Any]], object], *, context: Context) -> None:
+        self._wake, self._context = wake, context
+        self._future.add_done_callback(wake, context=context)
+
+    def cancel(self, msg: object = None) -> bool:
+        if not self._future.remove_done_callback(self._wake):
+            return False  # the task is about to go on, and is cancelled then
+        loop = self._future.get_loop()
+        cancelled: asyncio.Future[Any] = loop.create_future()
+        cancelled.cancel(msg)
+        loop.call_soon(self._wake, cancelled, context=self._context)
+        return True
 
 
-async def _read(call: Any) -> Any:
+@types.coroutine
+def _read(call: Any) -> Generator[_Unshared | None, None, Any]:
     """The next response. Who is cancelled here cancels the call, and leaves the read to end by itself:
     cancelled itself, it would never free its memory (grpc #43360). A task for each read would cost more."""
     reading = call.read()
@@ -275,12 +306,12 @@ async def _read(call: Any) -> Any:
         except StopIteration as ended:
             return ended.value
         if waits_for is None:
-            await _NextTurn()
+            yield None
             continue
         # As a task does that takes a future from a coroutine.
         waits_for._asyncio_future_blocking = False
         try:
-            await asyncio.shield(waits_for)
+            yield _Unshared(waits_for)
         except asyncio.CancelledError:
             if not waits_for.cancelled():
                 call.cancel()

@@ -23,6 +23,16 @@ class Clock(Protocol):
         """Waits so many seconds."""
 
 
+async def wait_at_most(clock: Clock, event: asyncio.Event, duration_s: float) -> None:
+    """Returns when the event is set, or after so many seconds."""
+    waits = [asyncio.ensure_future(event.wait()), asyncio.ensure_future(clock.sleep(duration_s))]
+    try:
+        await asyncio.wait(waits, return_when=asyncio.FIRST_COMPLETED)
+    finally:
+        for wait in waits:
+            wait.cancel()
+
+
 class SystemClock:
     """The machine's own time."""
 

@@ -39,6 +39,12 @@ METADATA_MAX_AGE_S = 30.0
 MAX_BATCH_BYTES = 768 * 1024
 """Below the 1 MiB that brokers take by default."""
 MAX_FETCH_BYTES = 4 * 1024 * 1024
+FETCH_WAIT_S = 4.0
+"""So long the broker holds a question for records while it has none. It answers with the first record that
+comes, so this delays none. `ends` goes over the same connection and is answered after it, so this is well
+below REQUEST_TIMEOUT_S."""
+LOOK_AROUND_MS = 2000
+"""So often aiokafka's reader looks whether its partitions are others; ours stay until it is opened anew."""
 TOPIC_ALREADY_EXISTS = 36
 
 
@@ -148,7 +154,8 @@ class KafkaSource:
             auto_offset_reset="earliest",
             fetch_max_bytes=MAX_FETCH_BYTES,
             max_partition_fetch_bytes=MAX_FETCH_BYTES // 4,
-            fetch_max_wait_ms=500,
+            fetch_max_wait_ms=int(FETCH_WAIT_S * 1000),
+            consumer_timeout_ms=LOOK_AROUND_MS,
         )
         self._consumer = consumer
         try:

@@ -25,7 +25,7 @@ from services.mesh.audit_protocol import (
     trim_limits,
 )
 from services.mesh.broker import PLACE_HEADER, Record, RecordPublisher
-from services.mesh.clock import Clock
+from services.mesh.clock import Clock, wait_at_most
 from services.mesh.errors import LlmosError
 from services.mesh.spool import Spool
 from services.mesh.spool_file import SpooledEvent
@@ -39,8 +39,9 @@ GATHER_S, BUSY_GATHER_S = 0.05, 0.25
 depends on how many it has. The second, where a batch was published within the last second, unless somebody
 waits for an event."""
 BUSY_S = 1.0
-SYNC_AFTER_PUBLISH_S = 0.25
-"""How long after publishing logging is asked; it takes a moment to store."""
+SYNC_AFTER_PUBLISH_S, BUSY_SYNC_AFTER_PUBLISH_S = 0.25, 1.0
+"""How long after publishing logging is asked; it takes a moment to store. The second, where something was
+published meanwhile too: a report costs about the same for few events as for many."""
 MAX_SYNC_PAUSE_S = 2.0
 """Between questions, while something is awaited."""
 HEARTBEAT_S = 10.0
@@ -158,7 +159,7 @@ class Relay:
             try:
                 await self._clock.sleep(GATHER_S)
                 if self._clock.monotonic() < busy_until_s:
-                    await self._either(hurried, BUSY_GATHER_S - GATHER_S)
+                    await wait_at_most(self._clock, hurried, BUSY_GATHER_S - GATHER_S)
                 appended.clear()
                 hurried.clear()
                 while await self.publish_once():
@@ -178,10 +179,12 @@ class Relay:
         async def sync() -> None:
             nonlocal pause_s
             awaits = self._plan.awaits(self._spool.ledger.oldest_held)
-            await self._either(self._published, pause_s if awaits else HEARTBEAT_S)
+            await wait_at_most(self._clock, self._published, pause_s if awaits else HEARTBEAT_S)
             if self._published.is_set():
                 self._published.clear()
                 await self._clock.sleep(SYNC_AFTER_PUBLISH_S)
+                if self._published.is_set():
+                    await self._clock.sleep(BUSY_SYNC_AFTER_PUBLISH_S - SYNC_AFTER_PUBLISH_S)
             pause_s = SYNC_AFTER_PUBLISH_S if await self.sync_once() else min(pause_s * 1.5, MAX_SYNC_PAUSE_S)
 
         # At once, so that logging hears of a new life, and of what it holds, before anything is published.
@@ -207,15 +210,3 @@ class Relay:
                 if failing:
                     logger.info("can %s again", what)
                 failing, backoff_s = False, FIRST_BACKOFF_S
-
-    async def _either(self, event: asyncio.Event, pause_s: float) -> None:
-        """Returns when the event is set, or after the pause."""
-        waits = [
-            asyncio.ensure_future(event.wait()),
-            asyncio.ensure_future(self._clock.sleep(pause_s)),
-        ]
-        try:
-            await asyncio.wait(waits, return_when=asyncio.FIRST_COMPLETED)
-        finally:
-            for wait in waits:
-                wait.cancel()

@@ -20,6 +20,7 @@ class RunningCalls:
         self._tasks: set[asyncio.Task[object]] = set()
         self._watches: set[asyncio.Task[object]] = set()
         self._cut: set[asyncio.Task[object]] = set()
+        self._aside = 0
         self._draining = False
         self._empty = asyncio.Event()
         self._empty.set()
@@ -36,8 +37,7 @@ class RunningCalls:
         """
         if watch and self._draining:
             raise Draining("The server is shutting down.")
-        if len(self._tasks) >= self._max_calls:
-            raise ConcurrencyLimit(f"The server runs {self._max_calls} calls, which is its limit.")
+        self._check_places()
         task = asyncio.current_task()
         if task is None:
             raise RuntimeError("a call is served outside of a task")
@@ -46,6 +46,23 @@ class RunningCalls:
             self._watches.add(task)
         self._empty.clear()
         return Entered(self, task)
+
+    def step_aside(self) -> None:
+        """The present call gives its place up while it waits for its client, and stays registered for the
+        drain. It must `come_back`, also where it fails."""
+        self._aside += 1
+
+    def come_back(self, *, to_work: bool) -> None:
+        """Takes a place again. Raises ConcurrencyLimit where all are taken, unless the call only ends."""
+        try:
+            if to_work:
+                self._check_places()
+        finally:
+            self._aside -= 1
+
+    def _check_places(self) -> None:
+        if len(self._tasks) - self._aside >= self._max_calls:
+            raise ConcurrencyLimit(f"The server runs {self._max_calls} calls, which is its limit.")
 
     def leave(self, task: asyncio.Task[object]) -> bool:
         """The task has ended; whether it was cut off."""

@@ -8,10 +8,8 @@ room. A disk that fails is like a spool that is full; outcomes of admitted inten
 tried again, and a disk that hangs holds no caller longer than `append_timeout_s`.
 
 A request has one intent at most and one outcome: more are refused with StateConflict. An outcome without an
-intent is right for a request that was refused before it began.
-
-Jobs go the same way (`append_job`). They may take three quarters of the room, so that audit events still find
-some, and they are refused in either mode where they cannot be written: whoever submits one is told.
+intent is right for a request that was refused before it began. Jobs go the same way (`append_job`), in three
+quarters of the room; where they cannot be written they are refused in either mode, and the submitter is told.
 
 `spool_file` has the SQL, `spool_writer` the thread, `spool_ledger` the limits, `spool_gap` the count of
 what was turned away, `spool_anonymous` those of refusals; `relay` takes what is here to Kafka.
@@ -40,7 +38,7 @@ from services.mesh.spool_file import Append, Gap, Holding, Opened, SpooledEvent,
 from services.mesh.spool_gap import GapCounter
 from services.mesh.spool_ledger import OpenIntent, SpoolLedger
 from services.mesh.spool_waiting import Waiting, failed, refuse
-from services.mesh.spool_writer import RARE_SPACING_S, SPACING_S, AppendDone, SpoolWriter
+from services.mesh.spool_writer import SPACING_S, AppendDone, SpoolWriter
 from services.mesh.telemetry import traceparent
 
 logger = logging.getLogger(__name__)
@@ -171,8 +169,8 @@ class Spool:
             logger.error("the audit spool's disk hangs; what was not committed is lost")
 
     def append_started(self, event: RequestStarted, *, urgent: bool = True) -> asyncio.Future[None]:
-        """Hands an intent over; the future has its result when it is on disk. One that is not urgent may
-        wait a moment for others.
+        """Hands an intent over; the future has its result when it is on disk. One that is not urgent waits a
+        moment for others, or until it is hurried.
 
         The future raises AuditUnavailable in strict mode where it cannot be written, StateConflict where the
         request has one already.
@@ -206,8 +204,14 @@ class Spool:
             self._waiting.settle(waiting, written=place is not None)
 
         append = Append(body, now.timestamp(), traceparent(), intent_of=request_id)
-        self._writer.append(append, done, spacing_s=0.0 if urgent else SPACING_S)
+        opened.group = self._writer.append(append, done, spacing_s=0.0 if urgent else SPACING_S)
         return waiting
+
+    def hurry(self, request_id: str) -> None:
+        """Somebody waits for a request's intent."""
+        opened = self.ledger.open.get(request_id)
+        if opened is not None and opened.place is None:
+            self._writer.hurry(opened.group)
 
     def append_ended(self, event: RequestEnded) -> asyncio.Future[None]:
         """Hands an outcome over.
@@ -246,7 +250,7 @@ class Spool:
                 self._waiting.settle(waiting, written=place is not None or retained)
 
         # The caller has its answer, and waits for nothing: it goes with what comes in the next moment.
-        self._writer.append(append, done, spacing_s=RARE_SPACING_S)
+        self._writer.append(append, done, spacing_s=SPACING_S)
         return waiting
 
     async def append_other(self, event: OtherEvent) -> None:

@@ -23,6 +23,8 @@ class OpenIntent:
     place: Place | None = None
     """None until the intent is committed."""
     ending: bool = False
+    group: int = 0
+    """The writer's, with which it is written."""
 
 
 class SpoolLedger:

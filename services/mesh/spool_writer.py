@@ -21,11 +21,9 @@ from services.mesh.spool_file import Append, Holding, SpoolFile
 logger = logging.getLogger(__name__)
 
 MAX_GROUP = 512
-SPACING_S = 0.004
-"""Between groups, for what is not urgent: each waking of the thread, and each transaction, takes time from
+SPACING_S = 0.012
+"""Between groups, for what nobody waits for: each waking of the thread, and each transaction, takes time from
 the event loop."""
-RARE_SPACING_S = 0.012
-"""The same for what nobody waits for."""
 NEVER_S = float("inf")
 
 AppendDone = Callable[[Place | None, Exception | None], None]
@@ -44,6 +42,8 @@ class SpoolWriter:
         """What has come in since the event loop's last turn: handed over at once, since each waking of the
         thread takes time from both."""
         self._handed_over_s = -NEVER_S
+        self._group = 0
+        """The number of the one that is pending."""
         self._due_s = NEVER_S
         """When what is pending is handed over, by the event loop's time."""
         self._gathering: asyncio.Handle | None = None
@@ -56,10 +56,16 @@ class SpoolWriter:
         self._thread = threading.Thread(target=self._run, name="spool", daemon=True)
         self._thread.start()
 
-    def append(self, event: Append, done: AppendDone, *, spacing_s: float = 0.0) -> None:
+    def append(self, event: Append, done: AppendDone, *, spacing_s: float = 0.0) -> int:
         """Writes an event with the next group, which is formed as soon as the one before it is `spacing_s`
-        ago."""
+        ago. Returns the group's number."""
         self._ask(event, done, spacing_s)
+        return self._group
+
+    def hurry(self, group: int) -> None:
+        """Somebody waits for a group: if it is pending, it is formed at once."""
+        if group == self._group:
+            self._wake(0.0)
 
     async def call(self, function: Callable[[], Any], then: Callable[[Any], None] | None = None) -> Any:
         """Runs `function` in the thread, after all appends so far. Raises what it raises.
@@ -83,6 +89,9 @@ class SpoolWriter:
 
     def _ask(self, what: Any, whom: Any, spacing_s: float = 0.0) -> None:
         self._pending.append((what, whom))
+        self._wake(spacing_s)
+
+    def _wake(self, spacing_s: float) -> None:
         if self._loop is None:
             return
         due_s = self._handed_over_s + spacing_s if spacing_s else -NEVER_S
@@ -99,6 +108,7 @@ class SpoolWriter:
     def _hand_over(self, loop: asyncio.AbstractEventLoop) -> None:
         self._gathering, self._due_s = None, NEVER_S
         self._handed_over_s = loop.time()
+        self._group += 1
         jobs, self._pending = self._pending, []
         self._queue.put(jobs)
 

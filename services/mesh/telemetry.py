@@ -62,7 +62,7 @@ def _observe_running(options: metrics.CallbackOptions) -> Iterator[metrics.Obser
 
 
 _meter.create_observable_up_down_counter(
-    "llmos.calls.running", [_observe_running], description="Calls being served."
+    "llmos.calls.running", [_observe_running], description="Calls being served, watches too."
 )
 
 

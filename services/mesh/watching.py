@@ -29,7 +29,7 @@ REVOCATIONS = "revocations"
 POLICY = "policy"
 """The parts of health that are missing until auth has told of them once."""
 SILENCE_S = 5.0
-"""A stream that says nothing for so long is broken: auth answers every second at least."""
+"""A stream that says nothing for so long is broken: auth says something every two at least."""
 BACKOFF_MIN_S = 0.1
 BACKOFF_MAX_S = 2.0
 FIRST_BACKOFF_MAX_S = 0.25

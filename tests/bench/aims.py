@@ -15,6 +15,8 @@ SERVE: Targets = {1: 4.0, 8: 6.0, 32: 10.0}
 VLLM: Targets = {1: 2.0, 8: 2.0, 32: 2.0}
 LLAMA: Mapping[str, Targets] = {"q8": {1: 1.1, 8: 3.0, 32: 4.0}, "q4": {1: 1.2, 8: 2.5, 32: 3.0}}
 ALONE: Targets = {8: 0.95}
+TTFT_MEAN, TTFT_WORST = 0.6, 0.9
+"""Of vLLM's, where 8 arrive at once."""
 PREFIX = 0.2
 PREFIX_TOKENS = 512
 
@@ -46,6 +48,12 @@ def aims(found: Rounds, cached: Sequence[PrefixRound], precision: str) -> list[A
                 rates = found.rates(level, other)
                 if base and rates and level in targets:
                     made.append(Aim(f"platform_vs_{name}_{level}", ratio(base, rates), targets[level]))
+    ours, theirs = (found.batches.get(8, {}).get(name, []) for name in ("platform", "vllm"))
+    if ours and theirs:
+        mean = ratio([each.ttft_mean_s for each in ours], [each.ttft_mean_s for each in theirs])
+        worst = ratio([each.ttft_worst_s for each in ours], [each.ttft_worst_s for each in theirs])
+        made.append(Aim("ttft_8_mean_vs_vllm", mean, TTFT_MEAN, at_most=True))
+        made.append(Aim("ttft_8_worst_vs_vllm", worst, TTFT_WORST, at_most=True))
     if cached:
         measured = ratio([each.cached_s for each in cached], [each.cold_s for each in cached])
         made.append(Aim(f"cached_prefix_ttft_{PREFIX_TOKENS}", measured, PREFIX, at_most=True))

@@ -29,6 +29,8 @@ class Anchors:
     """Whose answers the others' are compared with."""
     always: list[Subject] = field(default_factory=list)
     """Measured at each number of streams."""
+    vllm: Vllm | None = None
+    """One of those, where it is measured."""
     ways: list[Subject] = field(default_factory=list)
     """Ways to do the same: the faster one is measured."""
 
@@ -77,17 +79,16 @@ def anchors(
     generate = Generate(given.folder, given.dtype, options.device)
     found = Anchors(generate, always=[generate])
     if VLLM in options.subjects:
-        found.always.append(
-            Vllm(
-                given.folder,
-                given.dtype,
-                encode,
-                streams=most,
-                context=context,
-                port=port("vllm"),
-                log_file=folder / "vllm.log",
-            )
+        found.vllm = Vllm(
+            given.folder,
+            given.dtype,
+            encode,
+            streams=most,
+            context=context,
+            port=port("vllm"),
+            log_file=folder / "vllm.log",
         )
+        found.always.append(found.vllm)
     elif options.device == "cpu":
         say("vLLM is not measured: `make bench-engine VLLM=1` installs it, about 6 GB, and measures it")
     if "serve" in options.subjects:

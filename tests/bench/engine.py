@@ -5,10 +5,12 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import os
+import statistics
 import sys
 import tempfile
 import time
 from collections.abc import AsyncIterator, Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +18,7 @@ from tokenizers import Tokenizer
 
 from services.inference.models import ModelUnusable
 from services.inference.settings import InferenceSettings
-from tests.bench import check, report, rounds
+from tests.bench import check, goodput, report, rounds
 from tests.bench.aims import PREFIX_TOKENS, aims
 from tests.bench.alone import Alone
 from tests.bench.anchors import CHECK_PROMPTS, anchors
@@ -157,9 +159,16 @@ async def bench(options: Options, folder: Path, say: Progress) -> None:
         }
         found = await rounds.measure(by_level, plan, say)
         cached: list[PrefixRound] = []
+        good: list[tuple[goodput.Goodput, goodput.Goodput]] = []
         if whole is not None:
             cached = await rounds.prefixes(whole, plan, prefix_tokens=PREFIX_TOKENS, say=say)
+        if whole is not None and beside.vllm is not None:
+            # At a rate that the platform's own rate with the most streams allows.
+            most_per_s = statistics.median(found.rates(max(plan.levels), whole.name)) / plan.max_tokens
+            good = await goodput.measure(whole, beside.vllm, plan, goodput.LOAD * most_per_s, say)
     made = aims(found, cached, options.precision)
+    if good:
+        made.append(goodput.aim(good, "vllm"))
     content: dict[str, Any] = {
         "machine": machine,
         "dtype": options.precision,
@@ -172,6 +181,7 @@ async def bench(options: Options, folder: Path, say: Progress) -> None:
         "idle_cpu_s_per_s": resting,
         "rounds": report.raw(found),
         "prefix": [{"cold_s": each.cold_s, "cached_s": each.cached_s} for each in cached],
+        "goodput": [[asdict(each) for each in both] for both in good],
         "aims": [aim.line() for aim in made],
     }
     path = report.write("engine", content)

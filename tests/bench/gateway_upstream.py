@@ -34,10 +34,12 @@ from tests.bench.gateway_load import (
     PIECES,
     STREAM_GENERATE,
 )
+from tests.bench.gateway_watch import Watches
 
 _NUMBER = re.compile(rb"#\d{%d}" % DIGITS)
 MAX_RUNNING = 256
 LIST_MODELS = "/llmos.inference.v1.FleetService/ListModels"
+WATCH_DELTAS = "/llmos.inference.v1.InferenceService/WatchDeltas"
 WATCH_LOAD = "/llmos.inference.v1.FleetService/WatchLoad"
 HEALTH = "/grpc.health.v1.Health/Check"
 HEAD = b"HTTP/1.1 200 OK\r\ncontent-type: %s\r\n"
@@ -208,6 +210,9 @@ def engine_whole(request: bytes) -> list[bytes]:
 class GrpcEcho(grpc.GenericRpcHandler):
     """Our public service, and what a gateway asks of a replica, without parsing a request twice."""
 
+    def __init__(self) -> None:
+        self._watches = Watches()
+
     def service(self, details: grpc.HandlerCallDetails) -> grpc.RpcMethodHandler[bytes, bytes] | None:
         if details.method == GENERATE:
             return grpc.unary_unary_rpc_method_handler(self._generate)
@@ -215,6 +220,8 @@ class GrpcEcho(grpc.GenericRpcHandler):
             return grpc.unary_stream_rpc_method_handler(self._stream)
         if details.method == INFERENCE:
             return grpc.unary_stream_rpc_method_handler(self._engine_stream)
+        if details.method == WATCH_DELTAS:
+            return grpc.unary_stream_rpc_method_handler(self._watch_deltas)
         if details.method == GENERATE_WHOLE:
             return grpc.unary_unary_rpc_method_handler(self._engine_whole)
         if details.method == LIST_MODELS:
@@ -233,7 +240,17 @@ class GrpcEcho(grpc.GenericRpcHandler):
             yield each
 
     async def _engine_stream(self, request: bytes, context: Any) -> AsyncIterator[bytes]:
-        for each in answered(request, engine_stream):
+        asked = inference_service_pb2.GenerateRequest.FromString(request)
+        watched = inference_service_pb2.WatchedAs()
+        watched.CopyFrom(asked.watched)
+        asked.ClearField("watched")
+        said = answered(asked.SerializeToString(), engine_stream)
+        async for each in self._watches.call(watched, said):
+            yield each
+
+    async def _watch_deltas(self, request: bytes, context: Any) -> AsyncIterator[bytes]:
+        asked = inference_service_pb2.WatchDeltasRequest.FromString(request)
+        async for each in self._watches.watch(asked.watch_id):
             yield each
 
     async def _engine_whole(self, request: bytes, context: Any) -> bytes:

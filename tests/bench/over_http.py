@@ -64,6 +64,10 @@ class OverHttp(ABC):
             tasks = [group.create_task(self._timed(body, due_s)) for body in bodies]
         return [task.result() for task in tasks]
 
+    async def ask(self, prompt: str, max_tokens: int, due_s: float) -> Stream:
+        """One request; times count from `due_s` of time.perf_counter. Raises CannotMeasure."""
+        return await self._timed(self.body(prompt, max_tokens), due_s)
+
     @abstractmethod
     def body(self, prompt: str, max_tokens: int) -> dict[str, Any]:
         """Of the request: greedy, past the end of sequence, streaming."""

@@ -75,12 +75,12 @@ class Sampler:
         return found
 
     async def metrics(self, service: str) -> dict[str, float]:
-        """The sums over all labels; 0 where nothing was recorded yet."""
+        """The sums over all labels; 0 where nothing was recorded yet. Watches do not count."""
         text = (await self._client.get(self._mesh.metrics_url(service))).text
         found = dict.fromkeys(METRICS[service], 0.0)
         for line in text.splitlines():
             name = line.partition("{")[0].partition(" ")[0]
-            if name in found:
+            if name in found and "/Watch" not in line:
                 found[name] += float(line.rsplit(" ", 1)[1])
         return {f"{service} {name}": value for name, value in found.items()}
 

@@ -35,16 +35,13 @@ class Platform:
             raise CannotMeasure(f"the platform does not start: {error}") from error
 
     async def answer(self, work: Work) -> list[Stream]:
-        if self._stub is None:
-            self._stub = generation_service_pb2_grpc.GenerationServiceStub(self._mesh.channel())
         due_s = time.perf_counter()
         async with asyncio.TaskGroup() as group:
-            tasks = [
-                group.create_task(self._stream(prompt, work.max_tokens, due_s)) for prompt in work.prompts
-            ]
+            tasks = [group.create_task(self.ask(prompt, work.max_tokens, due_s)) for prompt in work.prompts]
         return [task.result() for task in tasks]
 
-    async def _stream(self, prompt: str, max_tokens: int, due_s: float) -> Stream:
+    async def ask(self, prompt: str, max_tokens: int, due_s: float) -> Stream:
+        """One request; times count from `due_s` of time.perf_counter. Raises CannotMeasure."""
         spec = generation_pb2.GenerationSpec(
             model=self._model,
             prompt=generation_pb2.Prompt(text=prompt),
@@ -52,6 +49,8 @@ class Platform:
             max_tokens=max_tokens,
             ignore_eos=True,
         )
+        if self._stub is None:
+            self._stub = generation_service_pb2_grpc.GenerationServiceStub(self._mesh.channel())
         first_s = last_s = 0.0
         token_ids: list[int] = []
         text: list[str] = []

@@ -20,15 +20,16 @@ from tests.bench.through_gateway import Platform
 from tests.bench.work import CannotMeasure, Stream, Work
 from tests.framework.mesh import MeshHarness
 
-POLL_S = 0.5
-READERS = 2
+POLL_S = 1.0
+"""Each look takes time from the engine, and so does a late one from the answer."""
+PAGE = 100
 LATE_S = 3600.0
 OTHERWISE = "Again. "
 """Begins the prompts of a batch file: the same platform has had them as jobs, and its caches know those."""
 
 
 class Jobs(Platform):
-    """`JobService.SubmitJobs`, then each result as it comes."""
+    """`JobService.SubmitJobs`; once all have ended, their results, page by page."""
 
     name = "jobs"
 
@@ -45,40 +46,47 @@ class Jobs(Platform):
             taken = await stub.SubmitJobs(self._requests(work), metadata=bearer)
             if taken.refusals:
                 raise CannotMeasure(f"{len(taken.refusals)} jobs: {taken.refusals[0].error.message}")
-            found: dict[str, Stream] = {}
-            waiting = iter(taken.job_ids)
-
-            async def read() -> None:
-                """Each result once it is there: jobs end about in the order in which they came."""
-                for job_id in waiting:
-                    while True:
-                        answer = await self._result(stub, job_id)
-                        if answer is not None:
-                            break
-                        await asyncio.sleep(POLL_S)
-                    late_s = time.perf_counter() - due_s
-                    (choice,) = answer.choices
-                    ids = tuple(choice.token_ids)
-                    tokens = answer.usage.completion_tokens
-                    found[job_id] = Stream(late_s, late_s, tokens, ids, choice.text)
-
             async with asyncio.timeout(LATE_S):
-                await asyncio.gather(*(read() for _ in range(READERS)))
-            return [found[job_id] for job_id in taken.job_ids]
+                await self._ended(stub, taken.batch_id, len(taken.job_ids))
+                answers = await self._answers(stub, taken.batch_id)
+            late_s = time.perf_counter() - due_s
+            found = [answers[job_id] for job_id in taken.job_ids]
+            return [
+                Stream(
+                    late_s,
+                    late_s,
+                    answer.usage.completion_tokens,
+                    tuple(answer.choices[0].token_ids),
+                    answer.choices[0].text,
+                )
+                for answer in found
+            ]
         except grpc.aio.AioRpcError as error:
             raise CannotMeasure(f"the platform refused: {error.code().name}: {error.details()}") from error
 
-    async def _result(
-        self, stub: job_service_pb2_grpc.JobServiceStub, job_id: str
-    ) -> generation_service_pb2.GenerateResponse | None:
-        """None: not yet."""
-        request = job_service_pb2.GetJobRequest(id=job_id)
-        found: job_service_pb2.GetJobResponse = await stub.GetJob(request, metadata=self._mesh.bearer())
-        if found.job.state in (job_service_pb2.JOB_STATE_WAITING, job_service_pb2.JOB_STATE_RUNNING):
-            return None
-        if found.job.state != job_service_pb2.JOB_STATE_SUCCEEDED:
-            raise CannotMeasure(f"a job failed: {found.job.last_error.message}")
-        return found.result.generate
+    async def _ended(self, stub: job_service_pb2_grpc.JobServiceStub, batch_id: str, count: int) -> None:
+        request = job_service_pb2.CountJobsRequest(batch_id=batch_id)
+        while True:
+            counts = await stub.CountJobs(request, metadata=self._mesh.bearer())
+            if counts.failed or counts.cancelled:
+                raise CannotMeasure(f"{counts.failed} jobs failed, {counts.cancelled} were cancelled")
+            if counts.succeeded >= count:
+                return
+            await asyncio.sleep(POLL_S)
+
+    async def _answers(
+        self, stub: job_service_pb2_grpc.JobServiceStub, batch_id: str
+    ) -> dict[str, generation_service_pb2.GenerateResponse]:
+        """By job."""
+        found: dict[str, generation_service_pb2.GenerateResponse] = {}
+        request = job_service_pb2.ListJobsRequest(batch_id=batch_id, with_results=True, page_size=PAGE)
+        while True:
+            page = await stub.ListJobs(request, metadata=self._mesh.bearer())
+            for job, result in zip(page.jobs, page.results, strict=True):
+                found[job.id] = result.generate
+            request.page_token = page.next_page_token
+            if not page.next_page_token:
+                return found
 
     async def _requests(self, work: Work) -> AsyncIterator[job_service_pb2.SubmitJobsRequest]:
         for prompt in work.prompts:

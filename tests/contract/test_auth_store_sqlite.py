@@ -60,6 +60,26 @@ async def test_two_on_one_file_wait_for_each_other(tmp_path: Path) -> None:
         await store.stop()
 
 
+async def test_each_sees_what_another_wrote(tmp_path: Path) -> None:
+    """Though neither reads again what nobody has changed."""
+    stores = [sqlite_store(tmp_path / "auth.db") for _ in range(2)]
+    for store in stores:
+        await store.start()
+    for n in range(6):
+        writer, reader = stores[n % 2], stores[1 - n % 2]
+        assert [await each.version() for each in (reader, reader, writer)] == [n] * 3
+        await writer.commit(creates(tenant(f"t{n}")))
+        key, before = SigningKey(f"k{n}", b"x", False, NOW), f"k{n - 1}" if n else ""
+        assert await writer.add_signing_key(key, after_kid=before)
+        for store in (reader, writer):
+            assert await store.version() == n + 1
+            assert [key.kid for key in await store.signing_keys()] == [f"k{i}" for i in range(n + 1)]
+    for store in stores:
+        await store.stop()
+        with pytest.raises(DependencyUnavailable):
+            await store.version()
+
+
 async def test_is_private(tmp_path: Path) -> None:
     path = tmp_path / "auth.db"
     path.touch(mode=0o644)

@@ -9,9 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
-from llmos.inference.v1 import fleet_service_pb2_grpc, inference_service_pb2_grpc
 
-from services.gateway.clients import GrpcInference
 from services.gateway.generation import (
     Delta,
     EngineStarted,
@@ -23,17 +21,8 @@ from services.gateway.generation import (
     ValidPrompt,
 )
 from services.gateway.ports import InferencePort
-from services.inference.backends.echo import EchoConfig, EchoEngine
-from services.inference.servicer import FleetServicer, InferenceServicer
-from services.inference.settings import InferenceSettings
 from services.mesh import errors
-from services.mesh.channel import Channel
-from services.mesh.clock import SystemClock
-from services.mesh.context import Caller, Identity
-from services.mesh.health import Health
-from services.mesh.interceptors import server_chain
-from services.mesh.running import RunningCalls
-from services.mesh.server import GrpcServer
+from tests.framework.echo_replica import echo_replica
 from tests.framework.gateway_fakes import FakeReplica, Gate, generation
 from tests.framework.waiting import eventually
 
@@ -69,55 +58,27 @@ async def fake(folder: Path, kind: str) -> AsyncIterator[Subject]:
 
 
 @asynccontextmanager
-async def over_grpc(folder: Path, kind: str) -> AsyncIterator[Subject]:
-    clock = SystemClock()
-    settings = InferenceSettings(grpc_port=0, metrics_port=0, state_dir=folder)
-    running = RunningCalls(16)
-    health = Health()
-
-    async def anybody(method: str, metadata: object, source: str) -> Caller:
-        return Caller(Identity("acme", "app"), "service:gateway")
-
-    chain = server_chain(
-        clock=clock, running=running, authenticator=anybody, max_call_s=30, adopt_request_id=True
-    )
-    engine = EchoEngine(EchoConfig(directives=True), clock)
-    await engine.start()
-    server = GrpcServer(settings, chain=chain, running=running, health=health)
-    await server.add(
-        inference_service_pb2_grpc.add_InferenceServiceServicer_to_server,
-        InferenceServicer(engine, clock, replica="replica-0"),
-        "llmos.inference.v1.InferenceService",
-    )
-    await server.add(
-        fleet_service_pb2_grpc.add_FleetServiceServicer_to_server,
-        FleetServicer(engine, clock),
-        "llmos.inference.v1.FleetService",
-    )
-    await server.start()
-    await health.started()
-    channel = Channel(f"127.0.0.1:{server.ports['grpc']}", clock=clock)
-    stopped = False
-
-    async def lose() -> None:
-        nonlocal stopped
-        stopped = True
-        await server.drain(0)
-
-    model = engine.models()[0].id
-    try:
+async def over_grpc(folder: Path, kind: str, *, is_watched: bool = False) -> AsyncIterator[Subject]:
+    async with echo_replica(folder) as replica:
+        if is_watched:
+            await replica.watched()
         yield Subject(
-            GrpcInference(channel), "none" if kind == "refuse" else model, lose, lambda: len(running)
+            replica.port,
+            "none" if kind == "refuse" else replica.model,
+            lambda: replica.server.drain(0),
+            lambda: replica.engine.load().running,
         )
-    finally:
-        await channel.close()
-        if not stopped:
-            await server.drain(0)
-        await engine.stop()
+
+
+@asynccontextmanager
+async def watched(folder: Path, kind: str) -> AsyncIterator[Subject]:
+    """Deltas come in the stream of all."""
+    async with over_grpc(folder, kind, is_watched=True) as subject:
+        yield subject
 
 
 PROMPTS = {"whole": "a b", "hang": "[[hang_after=1]] a b c", "refuse": "a"}
-each = pytest.mark.parametrize("make", [fake, over_grpc], ids=["fake", "grpc"])
+each = pytest.mark.parametrize("make", [fake, over_grpc, watched], ids=["fake", "grpc", "watched"])
 
 
 @each

@@ -40,6 +40,7 @@ from tests.framework.schedule_jobs import (
     S,
     claim_ids,
     kept,
+    report_one,
     requested,
 )
 
@@ -199,8 +200,8 @@ async def test_tenants_take_turns_by_how_many_of_theirs_run(schedule: ScheduleSt
     )
     assert await claim_ids(schedule, 5) == ["a0", "b0", "c0", "a1", "b1"]
     assert await claim_ids(schedule, 2, NOW + 1) == ["a2", "b2"]
-    await schedule.report("b0", 1, "r", Succeeded(RESULT), NOW + 1)
-    await schedule.report("b1", 1, "r", Succeeded(RESULT), NOW + 1)
+    await report_one(schedule, "b0", 1, "r", Succeeded(RESULT), NOW + 1)
+    await report_one(schedule, "b1", 1, "r", Succeeded(RESULT), NOW + 1)
     assert await claim_ids(schedule, 3, NOW + 2) == ["b3", "b4", "a3"]
 
 
@@ -210,9 +211,21 @@ async def test_among_equals_who_was_served_longest_ago_goes_first(schedule: Sche
     order = []
     for moment in range(4):
         (job_id,) = await claim_ids(schedule, 1, NOW + moment)
-        await schedule.report(job_id, 1, "r", Succeeded(RESULT), NOW + moment)
+        await report_one(schedule, job_id, 1, "r", Succeeded(RESULT), NOW + moment)
         order.append(job_id)
     assert order == ["a0", "b0", "a1", "b1"]
+
+
+async def test_a_tenant_without_jobs_is_forgotten_as_if_never_served(schedule: ScheduleStore) -> None:
+    await schedule.accept([requested("a-1"), requested("b-1", identity=OTHER)], NOW)
+    await schedule.accept([requested("a-2", not_before=from_us(NOW + 5 * S))], NOW)
+    first, second = (await schedule.claim("w1", 2, LEASE, NOW)).claims
+    assert [first.job.job_id, second.job.job_id] == ["a-1", "b-1"]
+    for claim in (first, second):
+        await report_one(schedule, claim.job.job_id, claim.job.fence, "r", Succeeded(RESULT), NOW)
+    await schedule.accept([requested("b-2", identity=OTHER)], NOW)
+    (next_one,) = (await schedule.claim("w1", 1, LEASE, NOW + 5 * S)).claims
+    assert next_one.job.job_id == "b-2"
 
 
 async def test_a_postponed_attempt_does_not_count_and_may_hold_the_tenant(
@@ -220,7 +233,7 @@ async def test_a_postponed_attempt_does_not_count_and_may_hold_the_tenant(
 ) -> None:
     await schedule.accept([requested("a0"), requested("a1"), requested("b0", identity=OTHER)], NOW)
     assert await claim_ids(schedule, 1) == ["a0"]
-    await schedule.report("a0", 1, "", Postponed(2.0, 10.0), NOW)
+    await report_one(schedule, "a0", 1, "", Postponed(2.0, 10.0), NOW)
     one = await kept(schedule, "a0")
     assert (one.state, one.attempts, one.fence, one.due_us) == (
         JobState.WAITING,
@@ -262,16 +275,18 @@ async def test_r38_a_late_report_is_fenced_off(schedule: ScheduleStore) -> None:
     (claim,) = (await schedule.claim("w2", 1, LEASE + 60 * S, LEASE + 2 * S)).claims
     assert (claim.job.fence, claim.job.attempts) == (2, 2)
     for report in (Succeeded(RESULT), PASSING, Postponed(), CancelledByTenant()):
-        late = await schedule.report("job-1", 1, "r1", report, LEASE + 3 * S)
-        assert (late.taken, late.state, late.changed) == (False, JobState.RUNNING, ())
-    taken = await schedule.report("job-1", 2, "r2", Succeeded(RESULT), LEASE + 4 * S)
-    assert (taken.taken, taken.state) == (True, JobState.SUCCEEDED)
-    repeated = await schedule.report("job-1", 2, "r2", Succeeded(Sealed("k", b"other")), LEASE + 5 * S)
+        late = await report_one(schedule, "job-1", 1, "r1", report, LEASE + 3 * S)
+        assert (late.taken, late.changed) == (False, ())
+        assert (await kept(schedule)).state is JobState.RUNNING
+    taken = await report_one(schedule, "job-1", 2, "r2", Succeeded(RESULT), LEASE + 4 * S)
+    assert (taken.taken, (await kept(schedule)).state) == (True, JobState.SUCCEEDED)
+    repeated = await report_one(schedule, "job-1", 2, "r2", Succeeded(Sealed("k", b"other")), LEASE + 5 * S)
     assert (repeated.taken, repeated.changed) == (True, ())
     found = await schedule.get("job-1")
     assert found is not None
     assert (found[0].last_request_id, found[1], found[2]) == ("r2", None, RESULT)
-    assert (await schedule.report("job-9", 1, "r", PASSING, NOW)).state is None
+    unknown = await report_one(schedule, "job-9", 1, "r", PASSING, NOW)
+    assert (unknown.taken, unknown.changed) == (False, ())
 
 
 async def test_a_job_is_tried_as_often_as_it_may_be(schedule: ScheduleStore) -> None:
@@ -280,7 +295,7 @@ async def test_a_job_is_tried_as_often_as_it_may_be(schedule: ScheduleStore) -> 
     for attempt in (1, 2, 3):
         (claim,) = (await schedule.claim("w1", 1, now_us + 30 * S, now_us)).claims
         assert claim.job.attempts == attempt
-        taken = await schedule.report("job-1", claim.job.fence, f"r{attempt}", PASSING, now_us)
+        taken = await report_one(schedule, "job-1", claim.job.fence, f"r{attempt}", PASSING, now_us)
         if attempt < 3:
             assert taken.retried == "REPLICA_LOST"
             now_us = (await kept(schedule)).due_us
@@ -307,8 +322,8 @@ async def test_its_give_up_time_ends_a_waiting_job(schedule: ScheduleStore) -> N
     swept = await schedule.sweep(NOW + 10 * S, 10)
     assert (swept.changed, swept.dead) == (("job-2",), {"DEADLINE_EXCEEDED": 1})
     # One that runs may end; it is not tried again.
-    taken = await schedule.report("job-1", 1, "r", PASSING, NOW + 11 * S)
-    assert (taken.state, taken.dead) == (JobState.FAILED, {"REPLICA_LOST": 1})
+    taken = await report_one(schedule, "job-1", 1, "r", PASSING, NOW + 11 * S)
+    assert ((await kept(schedule)).state, taken.dead) == (JobState.FAILED, {"REPLICA_LOST": 1})
 
 
 async def test_a_claim_comes_upon_one_whose_time_is_up(schedule: ScheduleStore) -> None:

@@ -9,6 +9,7 @@ import pytest
 
 from services.logging.schedule.job import (
     CancelledByTenant,
+    Postponed,
     Succeeded,
     to_us,
 )
@@ -39,6 +40,7 @@ from tests.framework.schedule_jobs import (
     S,
     claim_ids,
     kept,
+    report_one,
     requested,
 )
 
@@ -52,13 +54,34 @@ async def test_cancelling(schedule: ScheduleStore) -> None:
     for job_id in ("job-1", "job-2"):
         one, _ = await schedule.cancel(job_id, "", NOW)
         assert (one.state, one.cancel_asked) == (JobState.RUNNING, True)
-    await schedule.report("job-1", 1, "r", PASSING, NOW)
-    await schedule.report("job-2", 1, "r", CancelledByTenant(), NOW)
+    await report_one(schedule, "job-1", 1, "r", PASSING, NOW)
+    await report_one(schedule, "job-2", 1, "r", CancelledByTenant(), NOW)
     assert await schedule.count(TENANT.tenant_id) == {JobState.CANCELLED: 3}
     with pytest.raises(NotFound):
         await schedule.cancel("job-1", OTHER.tenant_id, NOW)
     with pytest.raises(NotFound):
         await schedule.cancel("job-9", "", NOW)
+
+
+async def test_a_batch_that_waits_is_due_when_the_last_of_its_jobs_has_ended(schedule: ScheduleStore) -> None:
+    await schedule.accept([requested("b", kind=JobKind.BATCH), requested("other", kind=JobKind.BATCH)], NOW)
+    await schedule.claim("w", 2, LEASE, NOW)
+    for name in ("b", "other"):
+        await report_one(schedule, name, 1, "", Postponed(20.0), NOW)
+    jobs = [requested(f"job-{n}", batch_id="b") for n in range(3)]
+    await schedule.accept([*jobs, requested("theirs", batch_id="other", identity=OTHER)], NOW)
+    assert len((await schedule.claim("w", 9, LEASE, NOW)).claims) == 4
+    await report_one(schedule, "job-0", 1, "r", Succeeded(RESULT), NOW + S)
+    await report_one(schedule, "job-1", 1, "r", PASSING, NOW + S)
+    await report_one(schedule, "theirs", 1, "r", Succeeded(RESULT), NOW + S)
+    taken = await report_one(schedule, "job-2", 1, "r", LASTING, NOW + S)
+    assert taken.changed == ("job-2",)
+    (again,) = (await schedule.claim("w", 9, LEASE, NOW + 3 * S)).claims
+    assert again.job.job_id == "job-1"
+    taken = await report_one(schedule, "job-1", 2, "r", CancelledByTenant(), NOW + 4 * S)
+    assert taken.changed == ("job-1", "b")
+    (woken,) = (await schedule.claim("w", 9, LEASE, NOW + 4 * S)).claims
+    assert (woken.job.job_id, woken.job.attempts) == ("b", 1)
 
 
 async def test_a_batch_is_cancelled_in_pieces_and_with_what_comes_after(
@@ -80,7 +103,7 @@ async def test_a_batch_is_cancelled_in_pieces_and_with_what_comes_after(
 async def test_webhooks(schedule: ScheduleStore) -> None:
     await schedule.accept([requested(has_webhook=True)], NOW)
     await schedule.claim("w1", 1, LEASE, NOW)
-    taken = await schedule.report("job-1", 1, "r1", Succeeded(RESULT), NOW + S)
+    taken = await report_one(schedule, "job-1", 1, "r1", Succeeded(RESULT), NOW + S)
     assert taken.changed == ("job-1", webhook_id("job-1"))
     (claim,) = (await schedule.claim("w1", 1, LEASE, NOW + S)).claims
     assert (claim.job.request.kind, claim.job.job_id) == (JobKind.WEBHOOK, webhook_id("job-1"))
@@ -97,8 +120,8 @@ async def test_what_ended_is_forgotten_in_time_and_its_id_is_not(schedule: Sched
     jobs = [requested(f"job-{n}", give_up_time=give_up) for n in (1, 2)]
     await schedule.accept(jobs, NOW)
     await schedule.claim("w1", 2, LEASE, NOW)
-    await schedule.report("job-1", 1, "r1", Succeeded(RESULT), NOW)
-    await schedule.report("job-2", 1, "r2", LASTING, NOW)
+    await report_one(schedule, "job-1", 1, "r1", Succeeded(RESULT), NOW)
+    await report_one(schedule, "job-2", 1, "r2", LASTING, NOW)
     assert (await schedule.sweep(NOW + 3600 * S - 1, 10)).forgotten == 0
     assert (await schedule.sweep(NOW + 3600 * S, 10)).changed == ("job-1",)
     assert (await schedule.sweep(NOW + 14 * 86_400 * S, 10)).changed == ("job-2",)
@@ -111,7 +134,7 @@ async def test_replay_and_discard(schedule: ScheduleStore) -> None:
     await schedule.accept([requested("job-1"), requested("job-2")], NOW)
     await schedule.claim("w1", 2, LEASE, NOW)
     for job_id in ("job-1", "job-2"):
-        await schedule.report(job_id, 1, "r", LASTING, NOW)
+        await report_one(schedule, job_id, 1, "r", LASTING, NOW)
     new, changed = await schedule.replay("job-1", TENANT.tenant_id, requested("job-3"), NOW)
     assert (new.state, changed) == (JobState.WAITING, ("job-1", "job-3"))
     assert await schedule.get("job-1") is None
@@ -154,7 +177,7 @@ async def test_pages_of_jobs(schedule: ScheduleStore) -> None:
     assert await ids(JobFilter(kinds=frozenset(JobKind))) == {j.job_id for j in jobs} | {"x", "b"}
     assert await ids(replace(which, states=frozenset({JobState.FAILED}))) == set()
     (done,) = await claim_ids(schedule, 1)
-    await schedule.report(done, 1, "r", Succeeded(RESULT), NOW)
+    await report_one(schedule, done, 1, "r", Succeeded(RESULT), NOW)
     succeeded = JobFilter(states=frozenset({JobState.SUCCEEDED}), kinds=frozenset(JobKind))
     ((one, result),) = (await schedule.list_jobs(succeeded, 5, None, with_results=True)).items
     assert (one.job_id, result) == (done, RESULT)
@@ -225,7 +248,7 @@ async def test_news_of_retries_are_bounded_and_of_ends_are_not(make_schedule: Ma
     await store.accept([requested(f"job-{n}") for n in range(3)], NOW)
     await store.claim("w1", 3, LEASE, NOW)
     for n in range(3):
-        await store.report(f"job-{n}", 1, "r", PASSING if n else LASTING, NOW)
+        await report_one(store, f"job-{n}", 1, "r", PASSING if n else LASTING, NOW)
     await store.accept([requested("job-9", give_up_time=START)], NOW)
     assert [row.event_id for row in await store.outbox(9)] == ["dead/job-0", "dead/job-9"]
     await store.stop()
@@ -263,7 +286,7 @@ async def test_answers_are_bounded_in_bytes(schedule: ScheduleStore) -> None:
     claims = (await schedule.claim("w1", 6, LEASE, NOW)).claims
     assert [claim.job.job_id for claim in claims] == ["job-0", "job-1", "job-2"]
     for claim in claims:
-        await schedule.report(claim.job.job_id, 1, "r", Succeeded(large), NOW)
+        await report_one(schedule, claim.job.job_id, 1, "r", Succeeded(large), NOW)
     which = JobFilter(states=frozenset({JobState.SUCCEEDED}))
     page = await schedule.list_jobs(which, 10, None, with_results=True)
     assert (len(page.items), page.more) == (2, True)

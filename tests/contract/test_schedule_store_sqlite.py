@@ -42,6 +42,7 @@ from tests.framework.schedule_jobs import (
     TENANT,
     S,
     kept,
+    report_one,
     requested,
     sqlite_store,
 )
@@ -78,7 +79,7 @@ async def _live(store: ScheduleStore, rng: random.Random, log: list[object]) -> 
                 new = requested(
                     f"job-{numbers}",
                     identity=rng.choice([TENANT, OTHER]),
-                    kind=rng.choice([JobKind.REQUEST] * 5 + [JobKind.BATCH]),
+                    kind=rng.choice([JobKind.REQUEST] * 5 + [JobKind.BATCH] * (20 if numbers < 3 else 1)),
                     create_time=from_us(now_us),
                     not_before=from_us(now_us + rng.choice([0, 0, 5 * S])),
                     give_up_time=from_us(now_us + rng.choice([2, 60, 600]) * S),
@@ -96,7 +97,7 @@ async def _live(store: ScheduleStore, rng: random.Random, log: list[object]) -> 
             case 4 | 5:
                 reports: list[Report] = [Succeeded(RESULT), PASSING, LASTING, Postponed(1.0, 2.0)]
                 report = rng.choice(reports)
-                log.append(await store.report(job_id, fences.get(job_id, 1), "r", report, now_us))
+                log.append(await report_one(store, job_id, fences.get(job_id, 1), "r", report, now_us))
             case 6:
                 beats = [Beat(each, fence, 3) for each, fence in fences.items()][-5:]
                 log.append(await store.heartbeat(beats, now_us + 5 * S, now_us))
@@ -129,7 +130,7 @@ async def test_what_was_written_is_there_after_a_kill(tmp_path: Path) -> None:
     await again.start()
     assert await kept(again) == await kept(store)
     assert [row.event for row in await again.outbox(9)] == [row.event for row in await store.outbox(9)]
-    assert (await again.report("job-1", 1, "r", Succeeded(RESULT), NOW)).taken
+    assert (await report_one(again, "job-1", 1, "r", Succeeded(RESULT), NOW)).taken
     await again.stop()
     await store.stop()
 

@@ -111,6 +111,22 @@ async def test_a_second_intent_or_outcome_is_refused(tmp_path: Path) -> None:
         assert spool.ledger.events == 2
 
 
+async def test_an_intent_that_is_not_urgent_waits_until_somebody_waits_for_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("services.mesh.spool.SPACING_S", 3600.0)
+    spool = make_spool(tmp_path / "spool.db")
+    async with running(spool):
+        await spool.append_started(started("first"))
+        waiting = [spool.append_started(started(name), urgent=False) for name in "ab"]
+        spool.hurry("first")  # is on disk
+        spool.hurry("unknown")
+        assert not waiting[0].done()
+        spool.hurry("b")
+        await asyncio.gather(*waiting)
+        assert [what for _, what in story(await events(spool))] == ["first started", "a started", "b started"]
+
+
 async def test_trimming_keeps_what_is_above(tmp_path: Path) -> None:
     spool = make_spool(tmp_path / "spool.db")
     async with running(spool):

@@ -27,9 +27,13 @@ def fast_mesh(make_mesh: MeshFactory, broker: Broker) -> MeshHarness:
 
 
 async def metric(client: httpx.AsyncClient, mesh: MeshHarness, name: str, metric_name: str) -> float:
-    """The sum over all labels; 0 where nothing was recorded yet."""
+    """The sum over all labels; 0 where nothing was recorded yet. A watch is nobody's request."""
     text = (await client.get(mesh.metrics_url(name))).text
-    lines = [line for line in text.splitlines() if line.startswith((metric_name + " ", metric_name + "{"))]
+    lines = [
+        line
+        for line in text.splitlines()
+        if line.startswith((metric_name + " ", metric_name + "{")) and "/Watch" not in line
+    ]
     return sum(float(line.rsplit(" ", 1)[1]) for line in lines)
 
 

@@ -26,7 +26,7 @@ from services.mesh.context import Caller, Identity, RequestContext
 from services.mesh.errors import AuditUnavailable, EngineFault
 from services.mesh.jobs import JobKind, JobRequested, RetryRequested
 from tests.framework.blobs import MemoryBlobs
-from tests.framework.schedules import ScheduleInMemory
+from tests.framework.schedules import ScheduleInMemory, report_one
 
 ALICE = Identity("acme", "alice", "key_1", frozenset({"generate"}))
 ENDPOINT = "/v1/chat/completions"
@@ -191,7 +191,7 @@ class BatchBench:
         claims = await self.claim()
         for claim in claims:
             report = await self.run(claim)
-            await self.schedule.report(claim.scheduled.job.job_id, claim.fence, "req_x", report)
+            await report_one(self.schedule, claim.scheduled.job.job_id, claim.fence, "req_x", report)
         await self.clock.advance(advance_s)
         await self.schedule.sweep()
         return len(claims)

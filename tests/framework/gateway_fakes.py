@@ -203,6 +203,8 @@ class FakeAudit:
     def append_started(self, event: RequestStarted, *, urgent: bool = True) -> asyncio.Future[None]:
         return self._append(self.started, event, self.gate, self.start_error)
 
+    def hurry(self, request_id: str) -> None: ...
+
     def append_ended(self, event: RequestEnded) -> asyncio.Future[None]:
         return self._append(self.ended, event, self.end_gate, self.end_error)
 

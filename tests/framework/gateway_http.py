@@ -10,6 +10,7 @@ import openai
 from services.gateway.batches.assembly import build_batches
 from services.gateway.http import HttpEdge
 from services.gateway.http_cors import Cors
+from services.gateway.http_receiving import Receiving
 from services.gateway.http_server import HttpLimits, HttpServer
 from services.gateway.oauth.http import OAuthRoutes
 from services.gateway.oauth.outcomes import Outcomes
@@ -71,7 +72,10 @@ def chain_of(bench: Bench, *, max_call_s: float = 30) -> Chain:
 class HttpBench:
     """A running edge and its address."""
 
-    def __init__(self, bench: Bench, server: HttpServer, running: RunningCalls, health: Health) -> None:
+    def __init__(
+        self, bench: Bench, server: HttpServer, running: RunningCalls, health: Health, receiving: Receiving
+    ) -> None:
+        self.receiving = receiving
         self.bench = bench
         self.server = server
         self.running = running
@@ -101,6 +105,8 @@ async def serving(
     tokens: TokensPort | None = None,
     cors_origins: frozenset[str] = frozenset(),
     jobs: JobBench | None = None,
+    max_receiving: int = 64,
+    max_receiving_bytes: int = 64 * 1024 * 1024,
 ) -> AsyncIterator[HttpBench]:
     running = bench.running
     health = Health()
@@ -139,9 +145,18 @@ async def serving(
         proxies=TrustedProxies(bench.proxies),
     )
     app = Cors(cors_origins).around(edge.app())
-    server = HttpServer(app, host="127.0.0.1", port=0, running=running, limits=limits, tls=tls)
+    receiving = Receiving(running, max_bodies=max_receiving, max_bytes=max_receiving_bytes)
+    server = HttpServer(
+        app,
+        host="127.0.0.1",
+        port=0,
+        running=running,
+        receiving=receiving,
+        limits=limits,
+        tls=tls,
+    )
     await server.start()
     try:
-        yield HttpBench(bench, server, running, health)
+        yield HttpBench(bench, server, running, health, receiving)
     finally:
         await server.drain(0)

@@ -25,7 +25,7 @@ from services.logging.schedule.store import (
 )
 from services.mesh.errors import AlreadyExists, NotFound
 from services.mesh.jobs import JobEvent, JobKind, JobRequested, JobState, RetryRequested, Sealed
-from tests.framework.schedule_jobs import NOW, OTHER, TENANT, S, requested
+from tests.framework.schedule_jobs import NOW, OTHER, TENANT, S, report_one, requested
 
 LEASE_S = 10
 GATEWAYS = 2
@@ -237,7 +237,7 @@ class JobWorld:
     async def _say(self, claim: JobClaim, report: Report) -> None:
         job_id, fence = claim.job.job_id, claim.job.fence
         before = await self.store.get(job_id)
-        taken = await self.store.report(job_id, fence, f"r{fence}", report, self.now_us)
+        taken = await report_one(self.store, job_id, fence, f"r{fence}", report, self.now_us)
         repeated = before is not None and before[0].reported_fence == fence
         if taken.taken and not repeated:
             assert fence == self.fences[job_id], f"{job_id}: a late report was taken"

@@ -8,9 +8,9 @@ from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
-from services.logging.schedule.job import Failed, Job, to_us
+from services.logging.schedule.job import Failed, Job, Report, to_us
 from services.logging.schedule.machine import Machine, Rules
-from services.logging.schedule.store import Bounds, ScheduleStore
+from services.logging.schedule.store import AttemptEnd, Bounds, ReportTaken, ScheduleStore
 from services.logging.schedule.stores.memory import MemoryScheduleStore
 from services.logging.schedule.stores.sqlite import SqliteScheduleStore
 from services.mesh.clock import ManualClock
@@ -68,3 +68,11 @@ async def kept(store: ScheduleStore, job_id: str = "job-1") -> Job:
     found = await store.get(job_id)
     assert found is not None
     return found[0]
+
+
+async def report_one(
+    store: ScheduleStore, job_id: str, fence: int, request_id: str, report: Report, now_us: int
+) -> ReportTaken:
+    """A report that comes alone."""
+    (taken,) = await store.report([AttemptEnd(job_id, fence, request_id, report)], now_us)
+    return taken

@@ -80,8 +80,12 @@ class ScheduleInMemory:
             for beat, (standing, watched) in zip(beats, answers, strict=True)
         ]
 
-    async def report(self, job_id: str, fence: int, request_id: str, report: ports.Report) -> bool:
-        return (await self.schedule.report(job_id, fence, request_id, _report(report))).taken
+    async def report(self, ends: Sequence[ports.AttemptEnd]) -> Sequence[bool]:
+        given = [
+            scheduled.AttemptEnd(each.job_id, each.fence, each.request_id, _report(each.report))
+            for each in ends
+        ]
+        return [each.taken for each in await self.schedule.report(given)]
 
     async def get(self, job_id: str, *, wait_s: float = 0.0) -> tuple[ports.ScheduledJob, Sealed | None]:
         job, request, result = await self.schedule.get(_reader(), job_id, wait_s=wait_s)
@@ -154,6 +158,14 @@ class ScheduleInMemory:
 
     async def discard(self, dead_letter_id: str) -> None:
         await self.schedule.discard(_reader(), dead_letter_id)
+
+
+async def report_one(
+    schedule: ports.SchedulePort, job_id: str, fence: int, request_id: str, report: ports.Report
+) -> bool:
+    """Whether it was taken."""
+    (taken,) = await schedule.report([ports.AttemptEnd(job_id, fence, request_id, report)])
+    return taken
 
 
 def scheduled_job(job: Job, request: Sealed | None = None) -> ports.ScheduledJob:

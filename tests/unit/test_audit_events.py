@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+from dataclasses import asdict
 from datetime import UTC, datetime
 from pathlib import Path
 
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from llmos.common.v1 import error_reason_pb2
+from llmos.common.v1 import error_reason_pb2, usage_pb2
 from llmos.events.v1 import events_pb2
 
 from services.logging.store import Batch
@@ -141,6 +142,87 @@ def test_an_envelope_without_a_place_is_corrupt(broken: dict[str, object]) -> No
 def test_a_place_that_is_none(text: str) -> None:
     with pytest.raises(ValueError):  # noqa: PT011
         event_codec.read_place(text)
+
+
+labels = st.dictionaries(st.text(min_size=1, max_size=64), st.text(max_size=256), max_size=16)
+times = st.datetimes(datetime(1, 1, 2), datetime(9999, 12, 30), timezones=st.just(UTC))  # noqa: DTZ001
+names = st.text(max_size=40)
+callers = st.builds(Identity, names, names, names, st.frozensets(names))
+requests = st.builds(
+    RequestFacts,
+    request_id=st.text(min_size=1, max_size=64),
+    identity=st.none() | callers,
+    method=st.text(max_size=128),
+    edge=st.sampled_from(Edge),
+    model=st.text(max_size=128),
+    trace_id=st.text(max_size=32),
+    receive_time=st.none() | times,
+    labels=labels,
+)
+tokens = st.sampled_from([0, 1, 127, 128, 2**31])
+outcomes = st.builds(
+    RequestEnded,
+    facts=requests,
+    outcome=st.sampled_from(Outcome),
+    error_reason=st.sampled_from(["", "unknown", *event_codec.REASONS]),
+    status_code=st.integers(0, 16),
+    usage=st.builds(Usage, tokens, tokens, tokens),
+    finish_reasons=st.lists(st.integers(0, 5), max_size=128).map(tuple),
+    end_time=st.none() | times,
+    time_to_first_token_s=st.none() | st.floats(0, 10**6),
+    replica=st.text(max_size=128),
+    model_revision=st.text(max_size=128),
+    served_from_cache=st.booleans(),
+)
+
+
+@settings(max_examples=200, deadline=None, database=None)
+@given(event=outcomes)
+def test_bodies_put_together_are_messages_filled_in(event: RequestEnded) -> None:
+    facts, plain = event.facts, events_pb2.RequestFacts()
+    plain.request_id, plain.method, plain.edge = facts.request_id, facts.method, facts.edge  # type: ignore[assignment]
+    plain.model, plain.trace_id = facts.model, facts.trace_id
+    plain.labels.update(facts.labels)
+    if (caller := facts.identity) is not None:
+        plain.identity.SetInParent()
+        plain.identity.tenant_id, plain.identity.client_id = caller.tenant_id, caller.client_id
+        plain.identity.key_id = caller.key_id
+        plain.identity.scopes.extend(sorted(caller.scopes))
+    if facts.receive_time is not None:
+        plain.receive_time.FromDatetime(facts.receive_time)
+    ended = events_pb2.RequestEnded(
+        facts=plain,
+        outcome=int(event.outcome),  # type: ignore[arg-type]
+        error_reason=event_codec.REASONS.get(event.error_reason, 0),  # type: ignore[arg-type]
+        status_code=event.status_code,
+        usage=usage_pb2.Usage(**asdict(event.usage)),
+        finish_reasons=event.finish_reasons,  # type: ignore[arg-type]
+        replica=event.replica,
+        model_revision=event.model_revision,
+        served_from_cache=event.served_from_cache,
+    )
+    ended.end_time.FromDatetime(event.end_time or NOW)
+    if event.time_to_first_token_s is not None:
+        whole_s, part_s = divmod(event.time_to_first_token_s, 1)
+        ended.time_to_first_token.seconds, ended.time_to_first_token.nanos = int(whole_s), int(part_s * 1e9)
+
+    begun, written = ENCODER.started(RequestStarted(facts), NOW)
+    assert events_pb2.RequestFacts.FromString(written) == plain
+    intent = events_pb2.EventEnvelope.FromString(begun)
+    assert intent.audit.started.facts == plain
+    assert intent.time.ToDatetime(tzinfo=UTC) == (facts.receive_time or NOW)
+    for body in (ENCODER.ended(event, NOW), ENCODER.ended(event, NOW, written)):
+        outcome = events_pb2.EventEnvelope.FromString(body)
+        assert outcome.audit.ended == ended
+        assert outcome.time == ended.end_time
+        assert (outcome.source, outcome.producer) == ("gateway", "gateway-0-abc")
+
+
+@pytest.mark.parametrize("year", [1, 1969, 1970, 2026, 3058, 9999])
+def test_the_last_microsecond_of_a_second_stays_in_it(year: int) -> None:
+    last = datetime(year, 12, 30, 23, 59, 59, 999_999, tzinfo=UTC)
+    body, _ = ENCODER.started(RequestStarted(RequestFacts("r", None, "m", Edge.GRPC, receive_time=last)), NOW)
+    assert events_pb2.EventEnvelope.FromString(body).time.ToDatetime(tzinfo=UTC) == last
 
 
 numbers = st.sampled_from([0, 1, 2, 9, 2**31, 2**62, 2**63, 2**64 - 1])

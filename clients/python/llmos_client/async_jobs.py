@@ -96,10 +96,11 @@ class AsyncJobs:
         states: Iterable[JobState] = (),
         labels: Mapping[str, str] | None = None,
         batch_id: str = "",
+        with_results: bool = False,
         limit: int | None = None,
         timeout_s: float | None = None,
     ) -> AsyncIterator[Job]:
-        """Jobs, newest first, without results: in one of `states`, with all of `labels`."""
+        """Jobs, newest first: in one of `states`, with all of `labels`, and what they gave `with_results`."""
         token, left = "", limit
         while True:
             call = job_calls.list_page(
@@ -107,13 +108,14 @@ class AsyncJobs:
                 states=states,
                 labels=labels or {},
                 batch_id=batch_id,
+                with_results=with_results,
                 limit=left,
                 page_token=token,
                 timeout_s=timeout_s,
             )
             page = await self._wire.unary(self._wire.jobs.ListJobs, call)
-            for job in page.jobs[:left]:
-                yield Job.from_proto(job)
+            for job in job_calls.listed(page)[:left]:
+                yield job
             token, left = page.next_page_token, None if left is None else left - len(page.jobs)
             if not token or (left is not None and left <= 0):
                 return

@@ -35,6 +35,9 @@ from google.rpc import error_details_pb2, status_pb2
 DOMAIN = "llmos"
 DETAILS_KEY = "grpc-status-details-bin"
 REQUEST_ID_KEY = "x-request-id"
+LOST_STATUS = "Internal error from Core"
+"""What grpc.aio says in place of the server's status where the server ends a call that is still being
+written (grpc/grpc issue 36066). No server says it."""
 
 Metadata = Iterable[tuple[str, str | bytes]]
 
@@ -304,6 +307,10 @@ def _bare(code: grpc.StatusCode, details: str, *, target: str, request_id: str, 
             why = details.rpartition("last error: ")[2].removeprefix("UNKNOWN: ")
             message = f"The server at {target} cannot be reached: {why}"
             hint = "Check that it runs, that the target is right, and that both sides agree on TLS."
+        case grpc.StatusCode.INTERNAL if details == LOST_STATUS:
+            cls = Unavailable
+            message = f"The server at {target} ended the call before all was sent; why was lost on the way."
+            hint = "Send it again."
         case grpc.StatusCode.DEADLINE_EXCEEDED:
             message = "The deadline passed before the answer was complete."
             hint = "Allow more time (timeout_s), or ask for fewer tokens."

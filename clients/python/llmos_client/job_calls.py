@@ -130,6 +130,7 @@ def list_page(
     states: Iterable[JobState],
     labels: Mapping[str, str],
     batch_id: str,
+    with_results: bool,
     limit: int | None,
     page_token: str,
     timeout_s: float | None,
@@ -138,10 +139,18 @@ def list_page(
         states=[state_number(state) for state in dict.fromkeys(states)],
         labels=labels,
         batch_id=batch_id,
+        with_results=with_results,
         page_size=_page_size(limit),
         page_token=page_token,
     )
     return Unary(request, lambda response, _: response, _timeout(config, timeout_s))
+
+
+def listed(page: pb.ListJobsResponse) -> list[Job]:
+    """A page's jobs, with their results where those were asked for."""
+    if not page.results:
+        return [Job.from_proto(job) for job in page.jobs]
+    return [Job.from_proto(job, result) for job, result in zip(page.jobs, page.results, strict=True)]
 
 
 def count(config: ClientConfig, *, batch_id: str, timeout_s: float | None) -> Count:

@@ -145,7 +145,8 @@ class Job:
     failed_attempts: tuple[JobAttempt, ...]
     """The oldest first; the newest 20."""
     result: JobResult | None = None
-    """Of a job that has succeeded, from `get` and at the end of `watch`, until `result_expire_time`."""
+    """Of a job that has succeeded, from `get`, `list` with results and at the end of `watch`, until
+    `result_expire_time`."""
     raw: pb.Job = field(default_factory=pb.Job, repr=False, compare=False, hash=False)
 
     @classmethod

@@ -10,10 +10,11 @@ from __future__ import annotations
 import os
 import sqlite3
 import ssl
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
 from contextlib import asynccontextmanager, contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, Generic, TypeVar
+from urllib.parse import quote
 
 import asyncpg
 from sqlalchemy import event, pool
@@ -29,6 +30,8 @@ from sqlalchemy.exc import TimeoutError as PoolTimeout
 from sqlalchemy.ext.asyncio import AsyncConnection, AsyncEngine, create_async_engine
 
 from services.mesh.errors import DataCorrupt, DependencyUnavailable, Overloaded
+
+T = TypeVar("T")
 
 MAX_PENDING = 1024
 """More than so many at once are refused."""
@@ -54,6 +57,7 @@ class Database:
         """Of SQLite."""
         self.name = name
         """For people: without a password."""
+        self._witness: sqlite3.Connection | None = None
 
     @asynccontextmanager
     async def read(self) -> AsyncIterator[AsyncConnection]:
@@ -83,9 +87,26 @@ class Database:
             yield connection
         await self._migrator.dispose()
 
+    def changes(self) -> int | None:
+        """Another number than before when anything was written since, by whichever process; None where that
+        cannot be told without a statement.
+
+        Microseconds, so without a thread: SQLite looks at a counter in memory that its processes share.
+        """
+        if not self._open or self.file is None:
+            return None
+        try:
+            if self._witness is None:
+                self._witness = sqlite3.connect(f"file:{quote(str(self.file))}?mode=rw", uri=True, timeout=0)
+            return int(self._witness.execute("PRAGMA data_version").fetchone()[0])
+        except sqlite3.Error:
+            return None  # whoever goes on to ask the store is told why
+
     async def close(self) -> None:
         """From now on everything raises DependencyUnavailable."""
         self._open = False
+        if self._witness is not None:
+            self._witness.close()
         for engine in (self._readers, self._writer, self._migrator):
             await engine.dispose()
 
@@ -100,6 +121,24 @@ class Database:
             yield
         finally:
             self._pending -= 1
+
+
+class Unchanged(Generic[T]):
+    """Reads something, and not again before something was written, where that can be told."""
+
+    def __init__(self, database: Database, read: Callable[[], Awaitable[T]]) -> None:
+        self._database = database
+        self._read = read
+        self._found: tuple[int, T] | None = None
+
+    async def read(self) -> T:
+        """Raises as `Store` does."""
+        changes = self._database.changes()  # before reading: what is written meanwhile is read next time
+        if changes is not None and self._found is not None and self._found[0] == changes:
+            return self._found[1]
+        found = await self._read()
+        self._found = None if changes is None else (changes, found)
+        return found
 
 
 @contextmanager

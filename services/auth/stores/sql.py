@@ -24,7 +24,7 @@ from services.auth.store import (
 )
 from services.auth.stores import rules, sql_commit, sql_rows, tables
 from services.auth.stores.codec import decode, to_us
-from services.auth.stores.database import Database
+from services.auth.stores.database import Database, Unchanged
 from services.auth.stores.migrating import migrate
 from services.auth.stores.shapes import OF_POLICY, Key, is_text
 from services.auth.stores.sql_rows import AnyRow
@@ -46,6 +46,9 @@ class SqlStore:
 
     def __init__(self, database: Database) -> None:
         self._database = database
+        # What is asked again and again, to hear of what other processes did.
+        self._version = Unchanged(database, self._read_version)
+        self._signing_keys = Unchanged(database, self._read_signing_keys)
 
     async def start(self) -> None:
         """Raises StartError where the database cannot be used as it is."""
@@ -134,6 +137,9 @@ class SqlStore:
             await connection.execute(update, values)
 
     async def version(self) -> int:
+        return await self._version.read()
+
+    async def _read_version(self) -> int:
         return int((await self._the_only(select(tables.state.c.version)))[0])
 
     async def policy(self) -> tuple[int, PolicyDocument]:
@@ -208,6 +214,9 @@ class SqlStore:
                 await connection.execute(table.delete().where(until_us <= to_us(now)))
 
     async def signing_keys(self) -> Sequence[SigningKey]:
+        return await self._signing_keys.read()
+
+    async def _read_signing_keys(self) -> Sequence[SigningKey]:
         rows = await self._all(select(tables.signing_keys).order_by(tables.signing_keys.c.position))
         return [sql_rows.signing_key(row) for row in rows]
 

@@ -44,8 +44,9 @@ WINDOW = 64
 """Of those, on their way to the disk at once."""
 SLICE_PAUSE_S = 0.2
 ROOM_PAUSE_S = 5.0
-MIN_POLL_S, MAX_POLL_S, POLL_SHARE = 0.25, 5.0, 0.01
-"""How often it is looked whether all have ended: a share of how long the batch has run."""
+MIN_POLL_S, MAX_POLL_S, POLL_SHARE = 0.25, 30.0, 0.05
+"""How often it is looked whether all have ended: a share of how long the batch has run. The schedule wakes
+the batch when they have; that is lost where it comes while we look."""
 LOST_PAUSE_S = 5.0
 RESULT_TTL_S = 7 * 86400.0
 """Of a request's result: longer than any batch takes."""

@@ -15,6 +15,7 @@ from llmos.logging.v1 import schedule_service_pb2 as pb
 from llmos.logging.v1 import schedule_service_pb2_grpc
 
 from services.gateway.jobs.ports import (
+    AttemptEnd,
     Beat,
     DeadLetter,
     DeadLetterFilter,
@@ -67,12 +68,14 @@ class GrpcSchedule:
             found = await self._stub.HeartbeatJobs(request, timeout=self._timeout_s)
         return [Standing(each.job_id, each.held, each.cancel, each.watched) for each in found.standings]
 
-    async def report(self, job_id: str, fence: int, request_id: str, report: Report) -> bool:
-        request = pb.ReportJobRequest(job_id=job_id, fence=fence, request_id=request_id)
-        _fill_report(request, report)
+    async def report(self, ends: Sequence[AttemptEnd]) -> Sequence[bool]:
+        request = pb.ReportJobsRequest()
+        for end in ends:
+            added = request.reports.add(job_id=end.job_id, fence=end.fence, request_id=end.request_id)
+            _fill_report(added, end.report)
         with _answering():
-            found = await self._stub.ReportJob(request, timeout=self._timeout_s)
-        return bool(found.taken)
+            found = await self._stub.ReportJobs(request, timeout=self._timeout_s)
+        return list(found.taken)
 
     async def get(self, job_id: str, *, wait_s: float = 0.0) -> tuple[ScheduledJob, Sealed | None]:
         request = pb.GetJobRequest(job_id=job_id)
@@ -167,21 +170,21 @@ def _answering() -> Iterator[None]:
         raise DependencyUnavailable("The schedule of jobs does not answer.") from error
 
 
-def _fill_report(request: pb.ReportJobRequest, report: Report) -> None:
+def _fill_report(message: pb.JobReport, report: Report) -> None:
     if isinstance(report, Succeeded):
-        job_codec.fill_sealed(request.succeeded.result, report.result)
+        job_codec.fill_sealed(message.succeeded.result, report.result)
     elif isinstance(report, Failed):
-        failed = request.failed
+        failed = message.failed
         failed.error_reason = job_codec.reason_number(report.error_reason)  # type: ignore[assignment]
         failed.status_code = report.status_code
         failed.message = report.message[:MAX_MESSAGE]
         failed.retryable = report.retryable
         job_codec.set_duration(failed.retry_after, report.retry_after_s)
     elif isinstance(report, Postponed):
-        job_codec.set_duration(request.postponed.retry_after, report.retry_after_s)
-        job_codec.set_duration(request.postponed.hold_tenant, report.hold_tenant_s)
+        job_codec.set_duration(message.postponed.retry_after, report.retry_after_s)
+        job_codec.set_duration(message.postponed.hold_tenant, report.hold_tenant_s)
     else:
-        request.cancelled.SetInParent()
+        message.cancelled.SetInParent()
 
 
 def _fill_filter(message: pb.DeadLetterFilter, which: DeadLetterFilter) -> None:

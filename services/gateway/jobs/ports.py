@@ -101,6 +101,17 @@ Report = Succeeded | Failed | Postponed | CancelledByTenant
 
 
 @dataclass(frozen=True, slots=True)
+class AttemptEnd:
+    """What is said of an attempt."""
+
+    job_id: str
+    fence: int
+    request_id: str
+    """The attempt's; empty where none began."""
+    report: Report
+
+
+@dataclass(frozen=True, slots=True)
 class JobFilter:
     """Which jobs; what is set must all hold."""
 
@@ -160,8 +171,9 @@ class SchedulePort(Protocol):
 
     async def heartbeat(self, beats: Sequence[Beat], *, lease_s: float) -> Sequence[Standing]: ...
 
-    async def report(self, job_id: str, fence: int, request_id: str, report: Report) -> bool:
-        """Whether it was taken; False: the claim is another's by now."""
+    async def report(self, ends: Sequence[AttemptEnd]) -> Sequence[bool]:
+        """Whether each was taken; False: the claim is another's by now. At most 64. Where it raises,
+        all may have been taken, or none: repeating it changes nothing."""
 
     async def get(self, job_id: str, *, wait_s: float = 0.0) -> tuple[ScheduledJob, Sealed | None]:
         """A job, and its result where it has one. NotFound has the metadata `gone` where there was one: no

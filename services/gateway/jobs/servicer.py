@@ -90,9 +90,17 @@ class JobServicer(job_service_pb2_grpc.JobServiceServicer):
         record = current_record()
         record.begin()
         page_size = request.page_size or PAGE_SIZE
-        found, token = await self._schedule.list_jobs(which, page_size, request.page_token)
+        found, token = await self._schedule.list_jobs(
+            which, page_size, request.page_token, with_results=request.with_results
+        )
+        response = pb.ListJobsResponse(jobs=[_job(each) for each, _ in found], next_page_token=token)
+        if request.with_results:
+            for each, result in found:
+                added = response.results.add()
+                if result is not None:
+                    added.CopyFrom(self._result(each, result))
         await record.committed()
-        return pb.ListJobsResponse(jobs=[_job(each) for each, _ in found], next_page_token=token)
+        return response
 
     async def CountJobs(self, request: pb.CountJobsRequest, context: Context) -> pb.CountJobsResponse:
         validate(request)

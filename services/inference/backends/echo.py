@@ -24,7 +24,7 @@ import re
 import zlib
 from collections import deque
 from collections.abc import AsyncGenerator, AsyncIterator
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 
 from services.inference.engine.health_state import HealthState
 from services.inference.engine.mailbox import Mailbox
@@ -148,7 +148,7 @@ class _Job:
     deadline_s: float
     said: list[int]
     """Tokens of each choice, with those that another replica delivered."""
-    mailbox: Mailbox = field(default_factory=Mailbox)
+    mailbox: Mailbox
     task: asyncio.Task[None] | None = None
 
     @property
@@ -247,16 +247,11 @@ class EchoEngine:
         if taken + min(request.n, config.max_running) > places:
             raise Overloaded(f"The engine has {taken} sequences running and waiting, and takes {places}.")
         if request.n > config.max_running:
-            what = f"at most {config.max_running} choices fit here"
-            raise RequestInvalid(f"`spec.n`: {what}.", violations=[Violation("spec.n", what)])
+            raise _invalid("spec.n", f"at most {config.max_running} choices fit here")
         if (request.max_tokens or 0) > config.max_output_tokens:
-            what = f"this deployment allows {config.max_output_tokens}"
-            raise RequestInvalid(
-                f"`spec.max_tokens`: {what}.", violations=[Violation("spec.max_tokens", what)]
-            )
+            raise _invalid("spec.max_tokens", f"this deployment allows {config.max_output_tokens}")
         if any(token >= VOCAB_TOKENS for tokens in request.delivered for token in tokens):
-            what = f"token ids end at {VOCAB_TOKENS - 1}"
-            raise RequestInvalid(f"`delivered`: {what}.", violations=[Violation("delivered", what)])
+            raise _invalid("delivered", f"token ids end at {VOCAB_TOKENS - 1}")
         prompt_tokens = count_words(request.prompt)
         room = config.context_tokens - prompt_tokens
         if room < (request.max_tokens or 1):
@@ -267,7 +262,8 @@ class EchoEngine:
         timeout_s = float("inf") if request.timeout_s is None else request.timeout_s
         deadline_s = self._clock.monotonic() + timeout_s
         script = read_script(request.prompt, config)
-        return _Job(request, script, prompt_tokens, max_tokens, deadline_s, [0] * request.n)
+        mailbox = Mailbox(self._clock, gather_s=request.gather_s)
+        return _Job(request, script, prompt_tokens, max_tokens, deadline_s, [0] * request.n, mailbox)
 
     def _start_waiting(self) -> None:
         while self._waiting:
@@ -386,6 +382,10 @@ class EchoEngine:
             job.mailbox.fail(type(error)(error.message))
         self._waiting.clear()
         self._running.clear()
+
+
+def _invalid(field: str, what: str) -> RequestInvalid:
+    return RequestInvalid(f"`{field}`: {what}.", violations=[Violation(field, what)])
 
 
 def _sequences(jobs: deque[_Job] | list[_Job]) -> int:

@@ -11,7 +11,7 @@ import asyncio
 import contextlib
 import logging
 from collections.abc import AsyncGenerator, AsyncIterator, Callable, Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from services.inference.engine import frames
@@ -109,7 +109,7 @@ class _Job:
     """A request that the child has, or a count of tokens."""
 
     sequences: int
-    mailbox: Mailbox = field(default_factory=Mailbox)
+    mailbox: Mailbox
     counted: asyncio.Future[int] | None = None
 
     def fail(self, error: LlmosError) -> None:
@@ -160,7 +160,7 @@ class EmbeddedEngine:
     async def generate(self, request: GenerationRequest) -> AsyncGenerator[EngineEvent, None]:
         check_delivered(request)
         process = self._admit(request.model, request.prompt, request.n)
-        job_id, job = self._new_job(request.n)
+        job_id, job = self._new_job(request.n, request.gather_s)
         deadline = asyncio.create_task(self._expire(job, request.timeout_s), name="engine-deadline")
         try:
             process.post(frames.Submit(job_id, request))
@@ -224,9 +224,9 @@ class EmbeddedEngine:
             )
         return process
 
-    def _new_job(self, sequences: int) -> tuple[int, _Job]:
+    def _new_job(self, sequences: int, gather_s: float = 0.0) -> tuple[int, _Job]:
         self._next_job += 1
-        job = self._jobs[self._next_job] = _Job(sequences)
+        job = self._jobs[self._next_job] = _Job(sequences, Mailbox(self._clock, gather_s=gather_s))
         return self._next_job, job
 
     async def _expire(self, job: _Job, timeout_s: float | None) -> None:

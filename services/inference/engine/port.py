@@ -111,6 +111,10 @@ class GenerationRequest:
     delivered: tuple[tuple[int, ...], ...] = ()
     """To go on where another replica was lost: for each choice the tokens that its reader has already. They
     count in max_tokens and usage; only what comes after them is generated and sent. Empty: from the start."""
+    gather_s: float = 0.0
+    """After a delta, what comes within that time may be merged with what follows, for a reader who would
+    rather have few. The first delta and the end are never delayed. `math.inf`: the rest comes with the
+    end."""
 
 
 @dataclass(frozen=True, slots=True)

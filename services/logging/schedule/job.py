@@ -157,7 +157,12 @@ class TimeUp:
     """Its give-up time has come."""
 
 
-Event = Claimed | Beaten | Reported | LeaseEnded | CancelAsked | TimeUp
+@dataclass(frozen=True, slots=True)
+class Woken:
+    """What it waits for may have happened."""
+
+
+Event = Claimed | Beaten | Reported | LeaseEnded | CancelAsked | TimeUp | Woken
 
 
 @dataclass(frozen=True, slots=True)

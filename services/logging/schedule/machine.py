@@ -36,6 +36,7 @@ from services.logging.schedule.job import (
     Succeeded,
     TellWebhook,
     TimeUp,
+    Woken,
     from_us,
     to_us,
     us,
@@ -158,6 +159,10 @@ class Machine:
                 if not waiting or job.give_up_us > now_us:
                     return refused
                 return self._give_up(job, now_us, DeadlineExceeded.reason, _time_up(job))
+            case Woken():
+                if not waiting or job.due_us <= now_us:
+                    return refused
+                return Step(replace(job, due_us=now_us))
 
     def _report(self, job: Job, request_id: str, report: Report, now_us: int) -> Step:
         match report:

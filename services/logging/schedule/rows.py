@@ -95,6 +95,9 @@ class Rows(Protocol):
     def live_of_batch(self, batch_id: str, limit: int) -> list[Job]:
         """Its jobs that have not ended and of which nobody has asked that they do."""
 
+    def is_batch_over(self, batch_id: str) -> bool:
+        """Whether all of its jobs, as far as they are known, have ended."""
+
     def dead_letter(self, dead_letter_id: str) -> DeadLetter | None:
         """With its job and its bytes."""
 

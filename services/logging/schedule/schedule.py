@@ -5,13 +5,15 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
+from collections import Counter
 from collections.abc import AsyncGenerator, Mapping, Sequence
 from dataclasses import dataclass, replace
 
-from services.logging.schedule.job import Job, Report, us
+from services.logging.schedule.job import Job, us
 from services.logging.schedule.measures import ScheduleMeasures
 from services.logging.schedule.store import (
     Accepted,
+    AttemptEnd,
     Beat,
     Cursor,
     DeadLetter,
@@ -26,7 +28,7 @@ from services.logging.schedule.store import (
 )
 from services.logging.schedule.transactions import no_dead_letter, no_job
 from services.logging.schedule.watchers import Watchers
-from services.mesh.clock import Clock
+from services.mesh.clock import Clock, wait_at_most
 from services.mesh.context import Identity
 from services.mesh.errors import LlmosError
 from services.mesh.jobs import JobEvent, JobRequested, JobState, Sealed
@@ -120,8 +122,9 @@ class Schedule:
             if left_s <= 0:
                 return []
             if found.next_due_us is not None:
-                left_s = min(left_s, max((found.next_due_us - now_us) / 1e6, MIN_NAP_S))
-            await self._wait(work, min(left_s, MAX_NAP_S))
+                due_s = max((found.next_due_us - now_us) / 1e6, MIN_NAP_S)
+                left_s = min(left_s, due_s, MAX_NAP_S)
+            await wait_at_most(self._clock, work, left_s)
 
     async def heartbeat(
         self, beats: Sequence[Beat], partials: dict[str, Sealed], *, lease_s: float
@@ -138,11 +141,15 @@ class Schedule:
             answers.append((standing, standing.held and self._watchers.is_watched(beat.job_id)))
         return answers
 
-    async def report(self, job_id: str, fence: int, request_id: str, report: Report) -> ReportTaken:
-        taken = await self._store.report(job_id, fence, request_id, report, self._now_us())
-        self._measures.reported(report, taken)
-        self._tell(taken.changed, taken.dead)
-        return taken
+    async def report(self, ends: Sequence[AttemptEnd]) -> list[ReportTaken]:
+        """All or none; one answer for each, in order."""
+        found = await self._store.report(ends, self._now_us())
+        dead: Counter[str] = Counter()
+        for end, taken in zip(ends, found, strict=True):
+            self._measures.reported(end.report, taken)
+            dead.update(taken.dead)
+        self._tell([job_id for taken in found for job_id in taken.changed], dead)
+        return found
 
     # What callers ask: each sees its own tenant's, an administrator all.
 
@@ -164,7 +171,7 @@ class Schedule:
                 left_s = end_s - self._clock.monotonic()
                 if found is not None or left_s <= 0:
                     return _or_none(found)
-                await self._wait(watcher.changed, left_s)
+                await wait_at_most(self._clock, watcher.changed, left_s)
 
     async def list_jobs(
         self,
@@ -275,14 +282,6 @@ class Schedule:
         work, self._work = self._work, asyncio.Event()
         work.set()
         self._news.set()
-
-    async def _wait(self, event: asyncio.Event, timeout_s: float) -> None:
-        waits = [asyncio.ensure_future(event.wait()), asyncio.ensure_future(self._clock.sleep(timeout_s))]
-        try:
-            await asyncio.wait(waits, return_when=asyncio.FIRST_COMPLETED)
-        finally:
-            for wait in waits:
-                wait.cancel()
 
     async def _visible(
         self, reader: Identity, job_id: str

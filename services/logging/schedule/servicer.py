@@ -23,7 +23,15 @@ from services.logging.schedule.job import (
     from_us,
 )
 from services.logging.schedule.schedule import Schedule
-from services.logging.schedule.store import Beat, Cursor, DeadLetter, DeadLetterFilter, JobClaim, JobFilter
+from services.logging.schedule.store import (
+    AttemptEnd,
+    Beat,
+    Cursor,
+    DeadLetter,
+    DeadLetterFilter,
+    JobClaim,
+    JobFilter,
+)
 from services.mesh import job_codec
 from services.mesh.context import Identity, require_current
 from services.mesh.errors import DataCorrupt, PolicyDenied, RequestInvalid, Violation
@@ -75,15 +83,12 @@ class ScheduleServicer(schedule_service_pb2_grpc.ScheduleServiceServicer):
             )
         return response
 
-    async def ReportJob(self, request: pb.ReportJobRequest, context: _Context) -> pb.ReportJobResponse:
+    async def ReportJobs(self, request: pb.ReportJobsRequest, context: _Context) -> pb.ReportJobsResponse:
         _gateway()
-        taken = await self._schedule.report(
-            request.job_id, request.fence, request.request_id, _report(request)
+        found = await self._schedule.report(
+            [AttemptEnd(each.job_id, each.fence, each.request_id, _report(each)) for each in request.reports]
         )
-        response = pb.ReportJobResponse(taken=taken.taken)
-        if taken.state is not None:
-            response.state = taken.state.value  # type: ignore[assignment]
-        return response
+        return pb.ReportJobsResponse(taken=[each.taken for each in found])
 
     async def GetJob(self, request: pb.GetJobRequest, context: _Context) -> pb.GetJobResponse:
         job, sealed, result = await self._schedule.get(
@@ -214,12 +219,12 @@ def _job(request: pb.ReplayDeadLetterRequest) -> JobRequested:
         raise _invalid("job", f"is {error.message}") from error
 
 
-def _report(request: pb.ReportJobRequest) -> Report:
-    match request.WhichOneof("outcome"):
+def _report(message: pb.JobReport) -> Report:
+    match message.WhichOneof("outcome"):
         case "succeeded":
-            return Succeeded(job_codec.read_sealed(request.succeeded.result))
+            return Succeeded(job_codec.read_sealed(message.succeeded.result))
         case "failed":
-            failed = request.failed
+            failed = message.failed
             return Failed(
                 job_codec.reason_name(failed.error_reason),
                 failed.status_code,
@@ -229,8 +234,8 @@ def _report(request: pb.ReportJobRequest) -> Report:
             )
         case "postponed":
             return Postponed(
-                job_codec.read_duration(request.postponed.retry_after),
-                job_codec.read_duration(request.postponed.hold_tenant),
+                job_codec.read_duration(message.postponed.retry_after),
+                job_codec.read_duration(message.postponed.hold_tenant),
             )
         case _:
             return CancelledByTenant()

@@ -86,13 +86,20 @@ class Standing(NamedTuple):
     cancel: bool
 
 
+class AttemptEnd(NamedTuple):
+    """What a worker says of an attempt."""
+
+    job_id: str
+    fence: int
+    request_id: str
+    report: Report
+
+
 @dataclass(frozen=True, slots=True)
 class ReportTaken:
     """What a report did."""
 
     taken: bool
-    state: JobState | None
-    """None: no such job."""
     changed: tuple[str, ...] = ()
     dead: Mapping[str, int] = field(default_factory=dict)
     retried: str = ""
@@ -252,9 +259,8 @@ class ScheduleStore(Protocol):
     async def heartbeat(self, beats: Sequence[Beat], lease_us: int, now_us: int) -> list[Standing]:
         """Prolongs leases until `lease_us`; one answer for each beat, in order."""
 
-    async def report(
-        self, job_id: str, fence: int, request_id: str, report: Report, now_us: int
-    ) -> ReportTaken: ...
+    async def report(self, ends: Sequence[AttemptEnd], now_us: int) -> list[ReportTaken]:
+        """Takes reports, all or none; one answer for each, in order."""
 
     async def sweep(self, now_us: int, limit: int, *, leases: bool = True) -> Swept:
         """Ends leases (where `leases`) and waits whose time is up, goes on ending the jobs of cancelled

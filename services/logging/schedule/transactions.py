@@ -17,12 +17,12 @@ from services.logging.schedule.job import (
     Job,
     KeepResult,
     LeaseEnded,
-    Report,
     Reported,
     Retried,
     Step,
     TellWebhook,
     TimeUp,
+    Woken,
     us,
 )
 from services.logging.schedule.machine import Machine
@@ -30,6 +30,7 @@ from services.logging.schedule.rows import Purpose, Rows
 from services.logging.schedule.store import (
     MAX_PAGE_BYTES,
     Accepted,
+    AttemptEnd,
     Beat,
     Bounds,
     Claims,
@@ -132,19 +133,17 @@ class Transactions:
             standings.append(Standing(step.taken, step.taken and job.cancel_asked))
         return standings
 
-    def report(
-        self, rows: Rows, job_id: str, fence: int, request_id: str, report: Report, now_us: int
-    ) -> ReportTaken:
-        job = rows.job(job_id)
+    def report(self, rows: Rows, end: AttemptEnd, now_us: int) -> ReportTaken:
+        job = rows.job(end.job_id)
         if job is None:
-            return ReportTaken(False, None)
+            return ReportTaken(False)
         done = _Done()
-        step = self._machine.step(job, Reported(fence, request_id, report), now_us)
+        step = self._machine.step(job, Reported(end.fence, end.request_id, end.report), now_us)
         retried = ""
         if step.taken and step.job is not job:
             self._write(rows, job, step, now_us, done)
             retried = next((e.error_reason for e in step.effects if isinstance(e, Retried)), "")
-        return ReportTaken(step.taken, step.job.state, tuple(done.changed), done.dead, retried)
+        return ReportTaken(step.taken, tuple(done.changed), done.dead, retried)
 
     def sweep(self, rows: Rows, now_us: int, limit: int, leases: bool) -> Swept:
         done = _Done()
@@ -268,9 +267,22 @@ class Transactions:
                     if not rows.is_known(webhook.job_id):
                         request = rows.sealed(job.job_id, Purpose.REQUEST)
                         self._write(rows, None, Step(webhook), now_us, done, request)
+        if job.state.is_final and job.request.batch_id and old is not None:
+            self._wake_batch(rows, job, now_us, done)
         # A batch's request says what its files are; a dead letter's is replayed.
         if job.state in (JobState.SUCCEEDED, JobState.CANCELLED) and job.request.kind is not JobKind.BATCH:
             rows.drop_sealed(job.job_id, Purpose.REQUEST)
+
+    def _wake_batch(self, rows: Rows, ended: Job, now_us: int, done: _Done) -> None:
+        """Whatever gathers a batch's answers need not ask again and again whether they are there."""
+        if not rows.is_batch_over(ended.request.batch_id):
+            return
+        batch = rows.job(ended.request.batch_id)
+        if batch is None or batch.request.kind is not JobKind.BATCH or batch.tenant_id != ended.tenant_id:
+            return
+        step = self._machine.step(batch, Woken(), now_us)
+        if step.taken:
+            self._write(rows, batch, step, now_us, done)
 
     def _dead_letter(self, rows: Rows, job: Job, detail: str, done: _Done) -> None:
         letter = DeadLetter(

@@ -41,6 +41,8 @@ class SqliteFile:
         self._read: sqlite3.Connection | None = None
         self._waiting_reads = 0
         self._read_steps = 0
+        self.changes = 0
+        """Rows that this process has written: while it stays, every reading finds the same."""
 
     async def start(self) -> None:
         """Raises OSError with a sentence where the file cannot be used."""
@@ -66,7 +68,9 @@ class SqliteFile:
             if self._write is None:
                 raise sqlite3.OperationalError("the store is closed")
             with _transaction(self._write) as db:
-                return work(db)
+                done = work(db)
+            self.changes = self._write.total_changes
+            return done
 
         try:
             return await _run(self._writer, run)

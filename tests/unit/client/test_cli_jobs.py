@@ -143,6 +143,14 @@ def test_list_show_stats_and_cancel(gateway: ScriptedGateway, jobs: Jobs) -> Non
     asked = gateway.calls[-1].request
     assert (list(asked.states), dict(asked.labels), asked.batch_id) == ([SUCCEEDED], {"a": "b"}, "jobs_1")
 
+    page = scripted_jobs.listed("job_2", "job_1")
+    page.results.extend([scripted_jobs.got(text="two").result, pb.JobResult()])
+    gateway.will(page)
+    first, second = map(json.loads, jobs("list", "--results", "--json").stdout.splitlines())
+    assert first["result"]["choices"][0]["text"] == "two"
+    assert "result" not in second
+    assert "--json" in jobs("list", "--results").stderr
+
     gateway.will(scripted_jobs.got(FAILED, None, 5))
     shown = jobs("show", "job_1").stdout
     assert "state\tfailed, attempt 5 of 5 (NO_REPLICA)\n" in shown

@@ -115,6 +115,13 @@ async def test_many_are_streamed_and_refused_one_by_one(gateway: ScriptedGateway
     assert seen[-3:] == [1, 2, 3]
 
 
+async def test_many_are_sent_again_where_the_status_was_lost(gateway: ScriptedGateway, both: Both) -> None:
+    gateway.will(Fail(grpc.StatusCode.INTERNAL, message="Internal error from Core"))
+    gateway.will(pb.SubmitJobsResponse(batch_id="batch_1"))
+    assert (await both.call("jobs.submit_many", ["a"])).batch_id == "batch_1"
+    assert len(gateway.calls) == 2
+
+
 async def test_many_with_a_key_of_the_callers(gateway: ScriptedGateway, both: Both) -> None:
     gateway.will(pb.SubmitJobsResponse())
     await both.call(
@@ -146,6 +153,16 @@ async def test_get_list_count_and_cancel(gateway: ScriptedGateway, both: Both) -
     first, second = (call.request for call in gateway.calls[1:])
     assert (list(first.states), dict(first.labels), first.batch_id) == ([SUCCEEDED], {"team": "a"}, "batch_1")
     assert (first.page_size, second.page_size, second.page_token) == (3, 1, "more")
+
+    with_results = script.listed("job_1", "job_0")
+    with_results.results.extend([script.got(text="one").result, pb.JobResult()])
+    gateway.will(with_results)
+    texts = [
+        job.result.text if job.result else None
+        async for job in both.each(both.client.jobs.list(with_results=True))
+    ]
+    assert texts == ["one", None]
+    assert gateway.calls[-1].request.with_results
 
     gateway.will(pb.CountJobsResponse(waiting=3, running=1, failed=2))
     counts = await both.call("jobs.count", "batch_1")

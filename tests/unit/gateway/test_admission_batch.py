@@ -78,7 +78,7 @@ def claimed(number: int, *, waits: bool) -> Attempt:
     return Attempt(claim, f"req_{number}", waits=waits)
 
 
-@pytest.mark.parametrize(("took_s", "ahead"), [(0.01, 3), (1.75, 2), (3.5, 1), (40.0, 0)])
+@pytest.mark.parametrize(("took_s", "ahead"), [(0.01, 3), (3.5, 3), (7.0, 2), (14.0, 1), (40.0, 0)])
 async def test_where_jobs_are_short_some_are_claimed_before_there_is_a_place(
     took_s: float, ahead: int
 ) -> None:

@@ -16,6 +16,7 @@ from services.mesh.context import Identity
 from services.mesh.errors import Conflict, LlmosError, NotFound, RequestInvalid
 from services.mesh.jobs import JobKind
 from tests.framework.batches import FAILS, WINDOW_S, BatchBench, line
+from tests.framework.schedules import report_one
 
 OTHER = Identity("other", "bob", "key_2", frozenset({"generate"}))
 
@@ -132,7 +133,7 @@ async def test_r38_a_worker_that_dies_at_any_point_changes_nothing(monkeypatch: 
                     await asyncio.gather(step, return_exceptions=True)
                     continue  # its report is lost with it, and its lease ends
                 report = await bench.run(claim)
-                await bench.schedule.report(claim.scheduled.job.job_id, claim.fence, "req_x", report)
+                await report_one(bench.schedule, claim.scheduled.job.job_id, claim.fence, "req_x", report)
             await bench.clock.advance(20.0)
             await bench.schedule.sweep()
         ended = await bench.get(batch.batch_id)
@@ -153,9 +154,11 @@ async def test_cancelled_in_the_middle_it_gives_what_is_done(monkeypatch: pytest
     bench = BatchBench()
     batch = await bench.create(*[line(f"{number}", f"t{number}") for number in range(9)])
     (own,) = await bench.claim()
-    await bench.schedule.report(batch.batch_id, own.fence, "", await bench.run(own))
+    await report_one(bench.schedule, batch.batch_id, own.fence, "", await bench.run(own))
     for claim in (await bench.claim())[:4]:
-        await bench.schedule.report(claim.scheduled.job.job_id, claim.fence, "req_x", await bench.run(claim))
+        await report_one(
+            bench.schedule, claim.scheduled.job.job_id, claim.fence, "req_x", await bench.run(claim)
+        )
     cancelling = await bench.cancel(batch.batch_id)
     assert cancelling.status is Status.CANCELLING
     await bench.clock.advance(61)
@@ -185,9 +188,9 @@ async def test_when_its_window_is_over_the_rest_has_expired() -> None:
     bench = BatchBench()
     batch = await bench.create(line("a"), line("b"), line("c"))
     (own,) = await bench.claim()
-    await bench.schedule.report(batch.batch_id, own.fence, "", await bench.run(own))
+    await report_one(bench.schedule, batch.batch_id, own.fence, "", await bench.run(own))
     (first, *_) = await bench.claim((JobKind.REQUEST,))
-    await bench.schedule.report(first.scheduled.job.job_id, first.fence, "req_x", await bench.run(first))
+    await report_one(bench.schedule, first.scheduled.job.job_id, first.fence, "req_x", await bench.run(first))
     await bench.clock.advance(WINDOW_S)
     await bench.schedule.sweep()
     ended = await bench.finish(batch.batch_id)
@@ -209,7 +212,7 @@ async def test_it_waits_for_room_and_for_what_is_away() -> None:
     report = await bench.run(own)
     assert isinstance(report, Postponed)
     bench.blobs.lost = False
-    await bench.schedule.report(batch.batch_id, own.fence, "", report)
+    await report_one(bench.schedule, batch.batch_id, own.fence, "", report)
     assert (await bench.finish(batch.batch_id)).status is Status.COMPLETED
 
 

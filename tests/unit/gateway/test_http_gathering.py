@@ -119,3 +119,24 @@ def test_no_more_waits_than_may() -> None:
     transport.write(b"x" * MAX_GATHERED_BYTES)
     transport.write(b"y")
     assert b"".join(inner.written) == b"a" + b"x" * MAX_GATHERED_BYTES + b"y"
+
+
+def test_a_head_that_is_held_goes_with_its_body_and_holds_nothing_else() -> None:
+    inner, loop = Inner(), Loop()
+    transport = gathering(inner, loop)
+    transport.holds = True
+    transport.write(b"head")
+    assert (inner.written, transport.get_write_buffer_size()) == ([], 4)
+    transport.write(b"body")
+    transport.write(b"next")
+    assert inner.written == [b"headbody", b"next"]
+
+
+def test_a_head_that_is_held_is_not_lost_where_no_body_follows() -> None:
+    for end in ("write", "close"):
+        inner, loop = Inner(), Loop()
+        transport = gathering(inner, loop)
+        transport.holds = True
+        transport.write(b"head")
+        transport.write(b"") if end == "write" else transport.close()
+        assert inner.written == [b"head"]

@@ -18,6 +18,7 @@ from tests.framework.gateway_fakes import KEY
 from tests.framework.gateway_grpc import AUTH
 from tests.framework.gateway_job_calls import CANARY, Served, auth_of, jobs_served, refused
 from tests.framework.jobs import a_job
+from tests.framework.schedules import report_one
 from tests.framework.waiting import eventually
 
 FAILED = Failed("MODEL_NOT_FOUND", 5, "There is no model `echo-1`.", retryable=False)
@@ -28,8 +29,8 @@ async def given_up(served: Served, *texts: str, key: str = KEY) -> list[str]:
     """Jobs that failed; their ids, the oldest first."""
     ids = [(await served.submit(key, text, labels={"text": text})).id for text in texts]
     for claim in await served.jobs.claim():
-        report = served.jobs.schedule.report
-        assert await report(claim.scheduled.job.job_id, claim.fence, "req_9", FAILED)
+        job_id = claim.scheduled.job.job_id
+        assert await report_one(served.jobs.schedule, job_id, claim.fence, "req_9", FAILED)
     return ids
 
 
@@ -206,7 +207,7 @@ async def test_a_watch_tells_of_each_change(tmp_path: Path) -> None:
         result = pb.JobResult()
         result.generate.choices.add(text="so far and on")
         sealed = served.jobs.seals.seal(result.SerializeToString(), claim.scheduled.job, "result")
-        await served.jobs.schedule.report(job.id, claim.fence, "req_9", Succeeded(sealed))
+        await report_one(served.jobs.schedule, job.id, claim.fence, "req_9", Succeeded(sealed))
         last = await call.read()
         assert await call.read() is grpc.aio.EOF
     assert standing.watched

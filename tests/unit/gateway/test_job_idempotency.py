@@ -14,6 +14,7 @@ from services.mesh.clock import ManualClock
 from tests.framework.gateway_fakes import Bench, FakeReplica
 from tests.framework.gateway_grpc import AUTH
 from tests.framework.gateway_job_calls import CALLERS, jobs_served, refused, submission
+from tests.framework.schedules import report_one
 
 
 async def test_a_repeat_is_the_same_job(tmp_path: Path) -> None:
@@ -49,7 +50,7 @@ async def test_a_key_whose_job_is_gone_makes_another(tmp_path: Path) -> None:
             assert (await served.submit(**fields)).id == jobs[-1].id
             (claim,) = await served.jobs.claim()
             sealed = served.jobs.seals.seal(b"", claim.scheduled.job, "result")
-            await served.jobs.schedule.report(jobs[-1].id, claim.fence, "req_9", Succeeded(sealed))
+            await report_one(served.jobs.schedule, jobs[-1].id, claim.fence, "req_9", Succeeded(sealed))
             await clock.advance(61)
             await served.jobs.schedule.sweep()
         gone = await refused(served.stub.GetJob(pb.GetJobRequest(id=jobs[0].id), metadata=AUTH))

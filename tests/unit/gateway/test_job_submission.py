@@ -33,6 +33,7 @@ from tests.framework.gateway_job_calls import (
     refused,
     submission,
 )
+from tests.framework.schedules import report_one
 from tests.framework.waiting import eventually
 
 NOW = ManualClock().now()
@@ -88,7 +89,7 @@ async def test_its_result_is_opened_for_its_tenant_alone(tmp_path: Path) -> None
         result = pb.JobResult()
         result.generate.choices.add(text="an answer")
         sealed = served.jobs.seals.seal(result.SerializeToString(), claim.scheduled.job, "result")
-        assert await served.jobs.schedule.report(job.id, claim.fence, "req_9", Succeeded(sealed))
+        assert await report_one(served.jobs.schedule, job.id, claim.fence, "req_9", Succeeded(sealed))
         found = await served.get(job.id)
         root = await served.get(job.id, "root-key")
         watched = [each async for each in served.stub.WatchJob(pb.WatchJobRequest(id=job.id), metadata=AUTH)]
@@ -99,8 +100,14 @@ async def test_its_result_is_opened_for_its_tenant_alone(tmp_path: Path) -> None
             served.stub.WatchJob(pb.WatchJobRequest(id=job.id), metadata=other).read(),
         ):
             assert isinstance(await refused(call), errors.NotFound)
-        theirs = await served.stub.ListJobs(pb.ListJobsRequest(), metadata=other)
+        theirs = await served.stub.ListJobs(pb.ListJobsRequest(with_results=True), metadata=other)
+        unfinished = await served.submit()
+        ours = await served.stub.ListJobs(pb.ListJobsRequest(with_results=True), metadata=AUTH)
+        plain = await served.stub.ListJobs(pb.ListJobsRequest(), metadata=AUTH)
     assert found.result == root.result == result
+    listed = {each.id: given for each, given in zip(ours.jobs, ours.results, strict=True)}
+    assert listed == {job.id: result, unfinished.id: pb.JobResult()}
+    assert not plain.results
     assert (found.job.state, found.job.last_request_id) == (pb.JOB_STATE_SUCCEEDED, "req_9")
     assert [each.result for each in watched] == [result]
     assert not theirs.jobs

@@ -4,105 +4,19 @@ from __future__ import annotations
 
 import asyncio
 import random
-from collections.abc import AsyncIterator, Callable, Sequence
-from contextlib import asynccontextmanager
-from typing import Any
+from collections.abc import Sequence
 
 import pytest
 
-from services.gateway.jobs.ports import Beat, JobClaim, Report, ScheduledJob, Standing
+from services.gateway.jobs.ports import AttemptEnd, Report
 from services.mesh import context as request_context
-from services.mesh.clock import ManualClock
 from services.mesh.context import Caller, RequestContext
 from services.mesh.errors import DependencyUnavailable, EngineFault, NoReplica
 from services.mesh.events import Outcome
 from services.mesh.jobs import JobKind, JobState
-from tests.framework.gateway_fakes import ALICE, Bench, FakeReplica, Gate, answer
-from tests.framework.job_workers import JobBench, sealed_job, standing
-from tests.framework.schedules import ScheduleInMemory
-
-
-class FrozenWorker:
-    """A `SchedulePort` as a gateway sees it that is stopped for a while: what it says comes late."""
-
-    def __init__(self, schedule: ScheduleInMemory) -> None:
-        self._schedule = schedule
-        self.awake = asyncio.Event()
-        self.awake.set()
-        self.error: DependencyUnavailable | None = None
-        self.refused: list[str] = []
-        """Jobs whose reports were."""
-
-    async def _passing(self) -> None:
-        await self.awake.wait()
-        if self.error is not None:
-            raise self.error
-
-    async def claim(self, worker: str, max_jobs: int, *, lease_s: float, wait_s: float) -> Sequence[JobClaim]:
-        await self._passing()
-        # A long poll that a frozen process leaves behind would be answered.
-        return await self._schedule.claim(worker, max_jobs, lease_s=lease_s, wait_s=0)
-
-    async def heartbeat(self, beats: Sequence[Beat], *, lease_s: float) -> Sequence[Standing]:
-        await self._passing()
-        return await self._schedule.heartbeat(beats, lease_s=lease_s)
-
-    async def report(self, job_id: str, fence: int, request_id: str, report: Report) -> bool:
-        await self._passing()
-        taken = await self._schedule.report(job_id, fence, request_id, report)
-        if not taken:
-            self.refused.append(job_id)
-        return taken
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self._schedule, name)
-
-
-class World:
-    """One schedule and some gateways."""
-
-    def __init__(self, *, lease_s: float = 15.0) -> None:
-        self.clock = ManualClock()
-        self.schedule = ScheduleInMemory(self.clock, draw=lambda: 0.0)
-        self.lease_s = lease_s
-        self.gateways: list[JobBench] = []
-
-    @asynccontextmanager
-    async def gateway(self, *replicas: FakeReplica, **fields: Any) -> AsyncIterator[JobBench]:
-        of_bench = {key: fields.pop(key) for key in ("admission_limits",) if key in fields}
-        bench = Bench(list(replicas) or [FakeReplica()], clock=self.clock, max_concurrent=500, **of_bench)
-        if self.gateways:
-            fields["seals"] = self.gateways[0].seals
-        fields.setdefault("schedule", FrozenWorker(self.schedule))
-        made = JobBench(bench, lease_s=self.lease_s, name=f"gateway-{len(self.gateways)}", **fields)
-        self.gateways.append(made)
-        async with made.serving():
-            yield made
-
-    async def pass_s(self, duration_s: float) -> None:
-        """Time goes by, for everybody."""
-        while duration_s > 0:
-            step_s = min(duration_s, 0.5)
-            await self.clock.advance(step_s)
-            await self.schedule.sweep()
-            for _ in range(20):
-                await asyncio.sleep(0)
-            duration_s -= step_s
-
-    async def until(self, condition: Callable[[], bool], within_s: float = 60.0) -> None:
-        for _ in range(int(within_s / 0.1)):
-            if condition():
-                return
-            await self.pass_s(0.1)
-        raise AssertionError("it did not happen")
-
-    async def end_of(self, job_id: str = "job_1", within_s: float = 600.0) -> ScheduledJob:
-        for _ in range(int(within_s)):
-            found, _ = await standing(self.schedule, job_id)
-            if found.state.is_final:
-                return found
-            await self.pass_s(1.0)
-        raise AssertionError(f"{job_id} is {found.state.name}")
+from tests.framework.gateway_fakes import ALICE, FakeReplica, Gate, answer
+from tests.framework.job_workers import sealed_job, standing
+from tests.framework.job_worlds import FrozenWorker, World
 
 
 async def test_a_job_runs_and_its_result_opens() -> None:
@@ -325,12 +239,13 @@ async def test_r38_whatever_stalls_each_job_ends_once_and_attempts_are_counted(n
     ends: dict[str, list[str]] = {}
     take = world.schedule.report
 
-    async def recorded(job_id: str, fence: int, request_id: str, report: Report) -> bool:
-        before, _ = await standing(world.schedule, job_id)
-        taken = await take(job_id, fence, request_id, report)
-        after, _ = await standing(world.schedule, job_id)
-        if after.state.is_final and not before.state.is_final:
-            ends.setdefault(job_id, []).append(after.state.name)
+    async def recorded(given: Sequence[AttemptEnd]) -> Sequence[bool]:
+        before = [(await standing(world.schedule, end.job_id))[0] for end in given]
+        taken = await take(given)
+        for old in before:
+            new, _ = await standing(world.schedule, old.job.job_id)
+            if new.state.is_final and not old.state.is_final:
+                ends.setdefault(old.job.job_id, []).append(new.state.name)
         return taken
 
     world.schedule.report = recorded  # type: ignore[method-assign]

@@ -61,6 +61,7 @@ async def test_poison_among_good_records_becomes_dead_letters(tmp_path: Path) ->
         assert {(letter.topic, letter.error_reason) for letter in letters} == {
             ("llmos.audit.v1", "DATA_CORRUPT")
         }
+        assert await logging.consumer.check()
         assert logging.source.committed == {0: 60}  # type: ignore[attr-defined]
 
 

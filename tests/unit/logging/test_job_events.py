@@ -35,6 +35,7 @@ from tests.framework.audit_path import (
 )
 from tests.framework.job_events import NOW, job, job_events
 from tests.framework.memory_broker import MemoryBroker, MemoryPublisher, MemorySource
+from tests.framework.schedule_jobs import report_one
 from tests.framework.waiting import eventually
 
 
@@ -233,7 +234,7 @@ async def test_retries_and_dead_letters_are_published_once_kafka_is_there(tmp_pa
     await world.scheduled.accept([job("job_1", max_attempts=2)], now_us)
     for attempt in (1, 2):
         (claim,) = (await world.scheduled.claim("w", 1, now_us + 10**9, now_us)).claims
-        await world.scheduled.report("job_1", claim.job.fence, f"req_{attempt}", failed(), now_us)
+        await report_one(world.scheduled, "job_1", claim.job.fence, f"req_{attempt}", failed(), now_us)
         now_us += 60 * 10**6
     async with running(world.logging):
         await eventually(lambda: world.logging.consumer is not None)

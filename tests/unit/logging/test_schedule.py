@@ -19,7 +19,7 @@ from services.mesh.errors import AlreadyExists, ConcurrencyLimit, NotFound, Poli
 from services.mesh.jobs import DeadLettered, JobKind, JobState, RetryRequested, Sealed
 from tests.framework.schedule_jobs import ADMIN, OTHER, START, TENANT, requested
 from tests.framework.schedule_wire import Loopback, ScheduleOverWire
-from tests.framework.schedules import ScheduleInMemory
+from tests.framework.schedules import ScheduleInMemory, report_one
 
 
 @pytest.fixture
@@ -55,7 +55,7 @@ async def test_a_job_goes_its_way(schedule: ScheduleInMemory) -> None:
     assert claim.scheduled.job.request == Sealed("k1", b"request of job-1")
     assert claim.fence == 1
     assert claim.scheduled.attempts == 1
-    assert await schedule.report("job-1", 1, "r1", ports.Succeeded(Sealed("k1", b"result")))
+    assert await report_one(schedule, "job-1", 1, "r1", ports.Succeeded(Sealed("k1", b"result")))
     with caller():
         job, result = await schedule.get("job-1")
     assert job.state is JobState.SUCCEEDED
@@ -101,7 +101,7 @@ async def test_a_watcher_sees_each_change_and_partial_results(schedule: Schedule
         job, partial, _ = await anext(watching)
         assert job.progress_tokens == 5
         assert partial == Sealed("k1", b"half")
-        await schedule.report("job-1", claim.fence, "r1", ports.Succeeded(Sealed("k1", b"whole")))
+        await report_one(schedule, "job-1", claim.fence, "r1", ports.Succeeded(Sealed("k1", b"whole")))
         job, partial, result = await anext(watching)
         assert job.state is JobState.SUCCEEDED
         assert partial is None
@@ -166,10 +166,10 @@ async def test_r38_a_lost_worker_and_its_late_report(schedule: ScheduleInMemory,
     assert second.fence > first.fence
     assert second.scheduled.attempts == 2
     assert [attempt.error_reason for attempt in second.scheduled.history] == ["WORKER_LOST"]
-    assert not await schedule.report("job-1", first.fence, "r1", ports.Succeeded(Sealed("k1", b"late")))
+    assert not await report_one(schedule, "job-1", first.fence, "r1", ports.Succeeded(Sealed("k1", b"late")))
     assert not (await schedule.heartbeat([ports.Beat("job-1", first.fence)], lease_s=30))[0].held
-    assert await schedule.report("job-1", second.fence, "r2", ports.Succeeded(Sealed("k1", b"right")))
-    assert await schedule.report("job-1", second.fence, "r2", ports.Succeeded(Sealed("k1", b"right")))
+    assert await report_one(schedule, "job-1", second.fence, "r2", ports.Succeeded(Sealed("k1", b"right")))
+    assert await report_one(schedule, "job-1", second.fence, "r2", ports.Succeeded(Sealed("k1", b"right")))
     with caller():
         job, result = await schedule.get("job-1")
     assert job.attempts == 2
@@ -180,7 +180,7 @@ async def test_a_retry_comes_after_its_backoff(schedule: ScheduleInMemory, clock
     await schedule.accept(requested())
     claim = await claim_one(schedule)
     failed = ports.Failed("REPLICA_LOST", 14, "lost", retryable=True)
-    assert await schedule.report("job-1", claim.fence, "r1", failed)
+    assert await report_one(schedule, "job-1", claim.fence, "r1", failed)
     await clock.advance(0.9)
     assert await schedule.claim("w1", 1, lease_s=30, wait_s=0) == []
     await clock.advance(0.2)
@@ -196,7 +196,7 @@ async def test_dead_letters_are_listed_replayed_and_discarded(schedule: Schedule
     await schedule.accept(requested("job-1"), requested("job-2"))
     for claim in await schedule.claim("w1", 2, lease_s=30, wait_s=0):
         failed = ports.Failed("REQUEST_INVALID", 3, "no", retryable=False)
-        await schedule.report(claim.scheduled.job.job_id, claim.fence, "r", failed)
+        await report_one(schedule, claim.scheduled.job.job_id, claim.fence, "r", failed)
     with caller(OTHER), pytest.raises(NotFound):
         await schedule.dead_letter("job-1")
     with caller():
@@ -245,7 +245,7 @@ async def test_what_cannot_be_read_is_an_administrators(schedule: ScheduleInMemo
 async def test_the_end_of_a_job_is_told_to_its_webhook(schedule: ScheduleInMemory) -> None:
     await schedule.accept(requested(has_webhook=True))
     claim = await claim_one(schedule)
-    await schedule.report("job-1", claim.fence, "r", ports.Failed("REQUEST_INVALID", 3, "no", False))
+    await report_one(schedule, "job-1", claim.fence, "r", ports.Failed("REQUEST_INVALID", 3, "no", False))
     with caller():
         await schedule.discard("job-1")
     webhook = await claim_one(schedule)
@@ -256,8 +256,8 @@ async def test_the_end_of_a_job_is_told_to_its_webhook(schedule: ScheduleInMemor
     assert webhook.ended.job.job_id == "job-1"
     assert webhook.ended.state is JobState.FAILED
     assert webhook.ended.error_reason == "REQUEST_INVALID"
-    assert await schedule.report(
-        webhook.scheduled.job.job_id, webhook.fence, "r", ports.Succeeded(Sealed("k1", b""))
+    assert await report_one(
+        schedule, webhook.scheduled.job.job_id, webhook.fence, "r", ports.Succeeded(Sealed("k1", b""))
     )
     assert await schedule.claim("w1", 1, lease_s=30, wait_s=0) == []
 
@@ -320,6 +320,6 @@ async def test_only_gateways_speak_with_the_schedule(clock: ManualClock) -> None
     with pytest.raises(PolicyDenied):
         await other.heartbeat([], lease_s=30)
     with pytest.raises(PolicyDenied):
-        await other.report("job-1", 1, "", ports.CancelledByTenant())
+        await report_one(other, "job-1", 1, "", ports.CancelledByTenant())
     with caller(), pytest.raises(PolicyDenied):
         await other.get("job-1")

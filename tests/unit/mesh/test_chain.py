@@ -150,8 +150,12 @@ async def read_all(call: Any) -> None:
 
 
 async def refused(harness: Harness, arity: str, **arguments: Any) -> grpc.aio.AioRpcError:
-    with pytest.raises(grpc.aio.AioRpcError) as caught:
-        await harness.call(arity, **arguments)
+    for _ in range(20):
+        with pytest.raises(grpc.aio.AioRpcError) as caught:
+            await harness.call(arity, **arguments)
+        # grpc.aio's client loses the status of a call that ends while it writes (grpc/grpc issue 36066).
+        if not (arity.startswith("stream") and caught.value.details() == "Internal error from Core"):
+            break
     return caught.value
 
 

@@ -127,6 +127,49 @@ async def test_a_stream_that_is_left_is_cancelled_on_the_other_side() -> None:
     await server.stop(0)
 
 
+async def test_who_is_cancelled_while_waiting_for_a_stream_goes_at_once_and_ends_it() -> None:
+    seen = Seen()
+    server, target = await start(seen)
+    async with Channel(target, clock=SystemClock()) as channel:
+        received: list[bytes] = []
+        waits = asyncio.Event()
+
+        async def read() -> None:
+            async for response in channel.unary_stream("/test.Service/Stream")(b"hang"):
+                received.append(response)
+                if len(received) == 3:
+                    # The reader's next step is to wait for what never comes.
+                    asyncio.get_running_loop().call_soon(waits.set)
+
+        reader = asyncio.create_task(read())
+        await asyncio.wait_for(waits.wait(), 5)
+        reader.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await asyncio.wait_for(asyncio.shield(reader), 5)
+        await asyncio.wait_for(seen.ended.wait(), 5)
+    await server.stop(0)
+
+
+async def test_a_deadline_around_the_reading_of_a_stream_is_kept() -> None:
+    seen = Seen()
+    server, target = await start(seen)
+    async with Channel(target, clock=SystemClock()) as channel:
+        received: list[bytes] = []
+
+        async def read() -> None:
+            async with asyncio.timeout(None) as timeout:
+                async for response in channel.unary_stream("/test.Service/Stream")(b"hang"):
+                    received.append(response)
+                    if len(received) == 3:
+                        timeout.reschedule(asyncio.get_running_loop().time())
+
+        with pytest.raises(TimeoutError):
+            await read()
+        assert received == [b"\0", b"\1", b"\2"]
+        await asyncio.wait_for(seen.ended.wait(), 5)
+    await server.stop(0)
+
+
 async def _first(stream: Any, count: int) -> AsyncIterator[bytes]:
     number = 0
     async for response in stream:

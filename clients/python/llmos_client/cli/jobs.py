@@ -32,14 +32,25 @@ async def list_jobs(
     ] = None,
     labels: Labels = None,
     batch: Batch = "",
+    results: Annotated[
+        bool, typer.Option("--results", help="With what each gave; needs --json.", show_default=False)
+    ] = False,
     limit: Annotated[int, typer.Option("--limit", "-n", min=1, help="So many at most.")] = 50,
     as_json: Json = False,
 ) -> None:
     """List jobs, newest first."""
-    found = client.jobs.list(states=states or (), labels=kinds.labels(labels), batch_id=batch, limit=limit)
+    if results and not as_json:
+        raise typer.BadParameter("a table has no room for results: add --json")
+    found = client.jobs.list(
+        states=states or (),
+        labels=kinds.labels(labels),
+        batch_id=batch,
+        with_results=results,
+        limit=limit,
+    )
     if as_json:
         async for job in found:
-            terminal.write(as_json_line(job.raw))
+            terminal.write(as_json_line(job.raw, job.result.response if job.result else None))
         return
     terminal.rows(HEADERS, [cells(job) async for job in found])
 
@@ -174,5 +185,8 @@ def write_facts(job: Job) -> None:
         )
 
 
-def as_json_line(message: Message) -> str:
-    return json.dumps(MessageToDict(message, preserving_proto_field_name=True), ensure_ascii=False) + "\n"
+def as_json_line(message: Message, result: Message | None = None) -> str:
+    fields = MessageToDict(message, preserving_proto_field_name=True)
+    if result is not None:
+        fields["result"] = MessageToDict(result, preserving_proto_field_name=True)
+    return json.dumps(fields, ensure_ascii=False) + "\n"

@@ -19,7 +19,7 @@ PROBES = 4
 """While no model can be reached, so many jobs are tried at a time: somebody has to notice that it is back,
 and webhooks must go out. The rest waits in the schedule, where an outage costs it no attempt."""
 
-AHEAD_S = 0.5
+AHEAD_S = 2.0
 """As many jobs wait for a place as places come free within that time, but half as many as there are places at
 most: of long jobs none, since it would wait for longer than admission lets it."""
 

@@ -13,13 +13,21 @@ from contextvars import Context
 from dataclasses import dataclass
 from typing import Any
 
-from services.gateway.jobs.ports import CancelledByTenant, JobClaim, Postponed, Report, SchedulePort
+from services.gateway.jobs.ports import (
+    AttemptEnd,
+    CancelledByTenant,
+    JobClaim,
+    Postponed,
+    Report,
+    SchedulePort,
+)
 from services.gateway.jobs.working.leases import Held, Leases
 from services.gateway.jobs.working.outcomes import failed
 from services.gateway.jobs.working.places import Places
 from services.gateway.jobs.working.ports import Attempt, Runner
+from services.gateway.jobs.working.reports import Reports
 from services.gateway.jobs.working.telemetry import JobInstruments
-from services.mesh.clock import Clock
+from services.mesh.clock import Clock, wait_at_most
 from services.mesh.errors import Internal, LlmosError
 from services.mesh.interceptors import new_request_id
 from services.mesh.jobs import JobKind
@@ -30,8 +38,12 @@ MAX_CLAIMS = 256
 """In one question."""
 CLAIM_WAIT_S = 5.0
 """How long the schedule may wait for a job to fall due."""
-LOOK_AGAIN_S = 0.05
+EMPTY_PAUSE_S = 0.05
+"""Before the next question after an empty answer, however soon that came."""
+LOOK_AGAIN_S = 0.25
 """Where there is no room: how soon it is looked for again, unless a job ends before."""
+MAX_UNREPORTED = 512
+"""Jobs that have run and whose reports were not taken yet; with more, nothing is claimed."""
 NOT_READY_S = 0.2
 PROBE_INTERVAL_S = 1.0
 RETRY_MIN_S, RETRY_MAX_S = 0.2, 5.0
@@ -64,6 +76,7 @@ class Worker:
         """`name` is the gateway's."""
         self._name = name
         self._parts = parts
+        self._reports = Reports(parts.schedule, parts.clock)
         self._held: dict[asyncio.Task[None], Held] = {}
         """By the task that sees the job to its report."""
         self._loops: list[asyncio.Task[None]] = []
@@ -101,6 +114,7 @@ class Worker:
             for left in (*tasks, *waits):
                 left.cancel()
             await asyncio.gather(*tasks, *waits, return_exceptions=True)
+        await self._reports.stop()
 
     # -- claiming -------------------------------------------------------------------------------------------
 
@@ -110,8 +124,9 @@ class Worker:
             if not parts.is_ready():
                 await self._pause(NOT_READY_S)
                 continue
-            room = parts.places.room(each.attempt for each in self._held.values())
-            if not room.jobs:
+            at_work = [each.attempt for each in self._held.values() if not each.work.done()]
+            room = parts.places.room(at_work)
+            if not room.jobs or len(self._held) - len(at_work) >= MAX_UNREPORTED:
                 await self._pause(PROBE_INTERVAL_S if room.is_probe else LOOK_AGAIN_S)
                 continue
             asked_s = parts.clock.monotonic()
@@ -133,21 +148,12 @@ class Worker:
             if room.is_probe:
                 await parts.clock.sleep(PROBE_INTERVAL_S)
             elif not claims:
-                # However soon it was answered.
-                await parts.clock.sleep(LOOK_AGAIN_S)
+                await parts.clock.sleep(EMPTY_PAUSE_S)
 
     async def _pause(self, at_most_s: float) -> None:
         """Until a job ends."""
         self._ended.clear()
-        waits = [
-            asyncio.ensure_future(self._ended.wait()),
-            asyncio.ensure_future(self._parts.clock.sleep(at_most_s)),
-        ]
-        try:
-            await asyncio.wait(waits, return_when=asyncio.FIRST_COMPLETED)
-        finally:
-            for wait in waits:
-                wait.cancel()
+        await wait_at_most(self._parts.clock, self._ended, at_most_s)
 
     # -- one job --------------------------------------------------------------------------------------------
 
@@ -161,6 +167,7 @@ class Worker:
         work: asyncio.Task[Report] = asyncio.create_task(
             self._run(attempt), name=f"job-{job.job_id}", context=Context()
         )
+        work.add_done_callback(lambda _: self._ended.set())
         # The question may have waited for a while. Where clocks agree, the schedule's own word is nearer.
         now_s, lease_s = clock.monotonic(), self._parts.leases.lease_s
         left_s = min((claim.lease_expire_time - clock.now()).total_seconds(), lease_s)
@@ -171,7 +178,6 @@ class Worker:
 
     def _forget(self, task: asyncio.Task[None]) -> None:
         del self._held[task]
-        self._ended.set()
         if not task.cancelled() and (error := task.exception()) is not None:
             logger.error("a job was not seen through", exc_info=error)
 
@@ -212,11 +218,10 @@ class Worker:
         """Whether the schedule has taken it. Repeated until it says so or not."""
         attempt, pause_s = held.attempt, RETRY_MIN_S
         job_id = attempt.job.job_id
+        end = AttemptEnd(job_id, attempt.claim.fence, attempt.request_id, report)
         while not held.lost:
             try:
-                taken = await self._parts.schedule.report(
-                    job_id, attempt.claim.fence, attempt.request_id, report
-                )
+                taken = await self._reports.report(end, at_once=not self._has_more())
             except LlmosError as error:
                 logger.warning("the report of job %s was not taken: %s", job_id, error.reason)
                 if not error.retryable:
@@ -228,6 +233,11 @@ class Worker:
                     logger.warning("job %s was another's by the time of its report", job_id)
                 return taken
         return False
+
+    def _has_more(self) -> bool:
+        """Whether others will end soon: some are claimed and wait for a place, so that none is empty while a
+        report waits for theirs."""
+        return not self._stopping and any(each.attempt.waits for each in self._held.values())
 
 
 class _Values:

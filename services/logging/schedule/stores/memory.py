@@ -119,6 +119,13 @@ class MemoryRows:
     def serve(self, tenant_id: str, number: int) -> None:
         self.last_served[tenant_id] = number
 
+    def forget_tenants(self) -> None:
+        """Whom nothing is kept of is forgotten, whenever it was served."""
+        for tenant_id in {*self.last_served, *self.held}:
+            if self.of_tenant(tenant_id) == TenantJobs(0, 0, 0):
+                self.last_served.pop(tenant_id, None)
+                self.held.pop(tenant_id, None)
+
     def hold(self, tenant_id: str, until_us: int) -> None:
         self.held[tenant_id] = max(until_us, self.held.get(tenant_id, 0))
 
@@ -156,6 +163,9 @@ class MemoryRows:
     def live_of_batch(self, batch_id: str, limit: int) -> list[Job]:
         jobs = [j for j in self.live.values() if j.request.batch_id == batch_id and not j.cancel_asked]
         return sorted(jobs, key=lambda job: (job.state, job.job_id))[:limit]
+
+    def is_batch_over(self, batch_id: str) -> bool:
+        return not any(job.request.batch_id == batch_id for job in self.live.values())
 
     def dead_letter(self, dead_letter_id: str) -> DeadLetter | None:
         letter = self.letters.get(dead_letter_id)
@@ -241,7 +251,9 @@ class MemoryScheduleStore(WritingStore):
     async def _writing(self, work: Callable[[Rows], T]) -> T:
         before = self._rows.copy()
         try:
-            return work(self._rows)
+            done = work(self._rows)
+            self._rows.forget_tenants()
+            return done
         except BaseException:
             self._rows = before
             raise

@@ -13,6 +13,7 @@ from services.logging.schedule.job import Job, Postponed
 from services.logging.schedule.machine import Machine
 from services.logging.schedule.rows import Purpose, Rows
 from services.logging.schedule.store import (
+    AttemptEnd,
     Bounds,
     Claims,
     Cursor,
@@ -47,6 +48,8 @@ class SqliteScheduleStore(WritingStore):
         super().__init__(machine, bounds)
         self._file = SqliteFile(path, "schedule", SCHEMA, FORMAT)
         self._handing_back: set[asyncio.Task[None]] = set()
+        self._counted: tuple[int, Totals] | None = None
+        """With the changes of the file up to which it holds."""
 
     async def start(self) -> None:
         await self._file.start()
@@ -68,8 +71,10 @@ class SqliteScheduleStore(WritingStore):
 
     async def _hand_back(self, claiming: asyncio.Future[Claims]) -> None:
         try:
-            for claim in (await claiming).claims:
-                await self.report(claim.job.job_id, claim.job.fence, "", Postponed(), claim.job.start_us)
+            jobs = [claim.job for claim in (await claiming).claims]
+            if jobs:
+                ends = [AttemptEnd(job.job_id, job.fence, "", Postponed()) for job in jobs]
+                await self.report(ends, jobs[0].start_us)
         except LlmosError as error:
             logger.warning("a claim that nobody hears of is not taken back: %s; its lease ends it", error)
 
@@ -175,6 +180,13 @@ class SqliteScheduleStore(WritingStore):
         return await self._reading(find)
 
     async def totals(self) -> Totals:
+        """Asked every second: counted only where something was written since."""
+        changes = self._file.changes
+        if self._counted is None or self._counted[0] != changes:
+            self._counted = changes, await self._count()
+        return self._counted[1]
+
+    async def _count(self) -> Totals:
         def find(db: sqlite3.Connection) -> Totals:
             rows = SqliteRows(db)
             waiting, running, letters = db.execute(

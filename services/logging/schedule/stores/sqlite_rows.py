@@ -231,6 +231,13 @@ class SqliteRows:
         live = "batch_id = ? AND batch_id != '' AND state IN (1, 2) AND cancel_asked = 0"
         return self._jobs(live, (batch_id,), limit, "state, job_id")
 
+    def is_batch_over(self, batch_id: str) -> bool:
+        found = self._db.execute(
+            "SELECT 1 FROM jobs WHERE batch_id = ? AND batch_id != '' AND state IN (1, 2) LIMIT 1",
+            (batch_id,),
+        ).fetchone()
+        return found is None
+
     def dead_letter(self, dead_letter_id: str) -> DeadLetter | None:
         letters = self._letters("dead_letter_id = ?", (dead_letter_id,), 1)
         return letters[0] if letters else None

@@ -6,11 +6,12 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from typing import TypeVar
 
-from services.logging.schedule.job import Job, Report
+from services.logging.schedule.job import Job
 from services.logging.schedule.machine import Machine
 from services.logging.schedule.rows import Rows
 from services.logging.schedule.store import (
     Accepted,
+    AttemptEnd,
     Beat,
     Bounds,
     Claims,
@@ -50,11 +51,9 @@ class WritingStore(ABC):
     async def heartbeat(self, beats: Sequence[Beat], lease_us: int, now_us: int) -> list[Standing]:
         return await self._writing(lambda rows: self._transactions.heartbeat(rows, beats, lease_us, now_us))
 
-    async def report(
-        self, job_id: str, fence: int, request_id: str, report: Report, now_us: int
-    ) -> ReportTaken:
+    async def report(self, ends: Sequence[AttemptEnd], now_us: int) -> list[ReportTaken]:
         return await self._writing(
-            lambda rows: self._transactions.report(rows, job_id, fence, request_id, report, now_us)
+            lambda rows: [self._transactions.report(rows, end, now_us) for end in ends]
         )
 
     async def sweep(self, now_us: int, limit: int, *, leases: bool = True) -> Swept:
