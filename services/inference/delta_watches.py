@@ -68,11 +68,12 @@ class DeltaWatch:
         self._ended = True
         self._wake_writers()
 
-    def way(self, number: int) -> Way:
-        """For the generation of that number. Raises AlreadyExists where there is one."""
+    def way(self, number: int, after_seq: int = 0) -> Way:
+        """For the generation of that number, whose deltas are counted on from `after_seq`. Raises
+        AlreadyExists where there is one."""
         if number in self._ways:
             raise AlreadyExists(f"Number {number} of this watch is taken.")
-        way = self._ways[number] = Way(self, number)
+        way = self._ways[number] = Way(self, number, after_seq)
         return way
 
     def leave(self, number: int) -> None:
@@ -101,6 +102,10 @@ class DeltaWatch:
         """Of the generation, what has not been taken."""
         return [entry for entry in self._outbox.values() if entry.number == number]
 
+    def has_room(self, key: tuple[int, int]) -> bool:
+        """Whether nothing of that key waits."""
+        return key not in self._outbox
+
     async def room(self, key: tuple[int, int]) -> None:
         """Returns when nothing of that key waits, or the reader has left."""
         while key in self._outbox and not self._ended:
@@ -118,19 +123,30 @@ class DeltaWatch:
 class Way:
     """How the deltas of one generation get into a watch. `close` it, whatever has happened."""
 
-    def __init__(self, watch: DeltaWatch, number: int) -> None:
+    def __init__(self, watch: DeltaWatch, number: int, after_seq: int) -> None:
         self._watch = watch
         self._number = number
         self._said_last = False
+        self.seq = after_seq
+        """The number of the last delta that went this way."""
         self.is_open = True
 
-    async def put(self, seq: int, delta: Delta) -> bool:
+    def offer(self, delta: Delta) -> bool:
+        """As a `Direct`: whether the delta goes this way at once."""
+        key = (self._number, delta.choice)
+        return self._watch.has_room(key) and self._take(key, delta)
+
+    async def put(self, delta: Delta) -> bool:
         """Whether the delta goes this way; if not, neither does any other, and `left` is to be asked."""
         key = (self._number, delta.choice)
         await self._watch.room(key)
+        return self._take(key, delta)
+
+    def _take(self, key: tuple[int, int], delta: Delta) -> bool:
         if self._said_last or not (self.is_open and self._watch.takes):
             return False
-        self._watch.put(key, Entry(self._number, seq, delta))
+        self.seq += 1
+        self._watch.put(key, Entry(self._number, self.seq, delta))
         return True
 
     async def left(self) -> list[Entry]:

@@ -17,7 +17,7 @@ from llmos.inference.v1 import (
 
 from services.inference import request as requests
 from services.inference.delta_watches import DeltaWatch, DeltaWatches, Way
-from services.inference.engine.port import Delta, Engine, EngineEvent, Started
+from services.inference.engine.port import Delta, Direct, Engine, EngineEvent, Started
 from services.inference.whole import Whole
 from services.mesh import context
 from services.mesh.clock import Clock
@@ -46,15 +46,17 @@ class InferenceServicer(inference_service_pb2_grpc.InferenceServiceServicer):
         way = self._way(request)
         try:
             # Whatever ends the call closes the generator, and so the work.
-            async with aclosing(self._generated(request)) as events:
+            direct = None if way is None else way.offer
+            async with aclosing(self._generated(request, direct=direct)) as events:
                 async for event in events:
-                    if isinstance(event, Delta):
-                        seq += 1
-                        if way is not None and await way.put(seq, event):
-                            continue
                     if way is not None and not isinstance(event, Started):
+                        if isinstance(event, Delta) and await way.put(event):
+                            continue
                         for entry in await way.left():
                             yield requests.left_message(entry)
+                        seq = max(seq, way.seq)
+                    if isinstance(event, Delta):
+                        seq += 1
                     yield requests.event_message(
                         event, seq=seq, replica=self._replica, watched=way is not None
                     )
@@ -67,7 +69,7 @@ class InferenceServicer(inference_service_pb2_grpc.InferenceServiceServicer):
         if not request.HasField("watched"):
             return None
         watch = self._watches.get(request.watched.watch_id)
-        return None if watch is None else watch.way(request.watched.number)
+        return None if watch is None else watch.way(request.watched.number, request.after_seq)
 
     async def WatchDeltas(
         self,
@@ -121,7 +123,11 @@ class InferenceServicer(inference_service_pb2_grpc.InferenceServiceServicer):
         return requests.whole_message(whole, after_seq=request.request.after_seq, replica=self._replica)
 
     def _generated(
-        self, request: inference_service_pb2.GenerateRequest, *, gather_s: float = 0.0
+        self,
+        request: inference_service_pb2.GenerateRequest,
+        *,
+        gather_s: float = 0.0,
+        direct: Direct | None = None,
     ) -> AsyncGenerator[EngineEvent, None]:
         current = context.require_current()
         left_s = current.deadline_s - self._clock.monotonic()
@@ -131,7 +137,7 @@ class InferenceServicer(inference_service_pb2_grpc.InferenceServiceServicer):
             timeout_s=left_s if left_s < float("inf") else None,
             gather_s=gather_s,
         )
-        return self._engine.generate(parsed)
+        return self._engine.generate(parsed, direct)
 
     async def Tokenize(
         self,

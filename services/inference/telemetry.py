@@ -15,6 +15,7 @@ from opentelemetry.trace import StatusCode
 from services.inference.engine.frames import EngineState
 from services.inference.engine.port import (
     Delta,
+    Direct,
     Engine,
     EngineEvent,
     Finished,
@@ -28,7 +29,9 @@ from services.inference.engine.port import (
 )
 from services.mesh.clock import Clock
 from services.mesh.errors import LlmosError
+from services.mesh.histograms import HISTOGRAMS, Histograms
 
+_LABELS = ("gen_ai.request.model",)
 _FIRST_TOKEN_S = (0.001, 0.005, 0.01, 0.02, 0.04, 0.06, 0.08, 0.1, 0.25, 0.5, 0.75, 1, 2.5, 5, 7.5, 10)
 _PER_TOKEN_S = (0.01, 0.025, 0.05, 0.075, 0.1, 0.15, 0.2, 0.3, 0.4, 0.5, 0.75, 1, 2.5)
 _QUEUE_S = (0.001, 0.01, 0.1, 0.5, 1, 2.5, 5, 10, 30, 60)
@@ -58,67 +61,78 @@ _COUNTERS = {
 class StepInstruments:
     """Records each step of an engine that runs in steps."""
 
-    def __init__(self) -> None:
-        meter = _meter()
-        self._time = meter.create_histogram(
+    def __init__(self, histograms: Histograms = HISTOGRAMS) -> None:
+        self._time = histograms.make(
             "llmos.engine.step_time",
             unit="s",
             description="What a step took.",
-            explicit_bucket_boundaries_advisory=_STEP_S,
+            bounds=_STEP_S,
+            labels=(),
         )
-        self._sequences = meter.create_histogram(
+        self._sequences = histograms.make(
             "llmos.engine.step_sequences",
+            unit="",
             description="Sequences computed in a step: the batch.",
-            explicit_bucket_boundaries_advisory=_STEP_SEQUENCES,
+            bounds=_STEP_SEQUENCES,
+            labels=(),
         )
-        self._tokens = meter.create_histogram(
+        self._tokens = histograms.make(
             "llmos.engine.step_tokens",
             unit="{token}",
             description="Tokens computed in a step, of prompts and of answers.",
-            explicit_bucket_boundaries_advisory=_STEP_TOKENS,
+            bounds=_STEP_TOKENS,
+            labels=(),
         )
-        self._counters = {
-            name: meter.create_counter(f"llmos.engine.{name}", unit=unit, description=description)
-            for name, (unit, description) in _COUNTERS.items()
-        }
+        # Counted here: a counter of OpenTelemetry's takes as long as all else that is recorded of a step.
+        self._counted = dict.fromkeys(_COUNTERS, 0)
+        for name, (unit, description) in _COUNTERS.items():
+            _meter().create_observable_counter(
+                f"llmos.engine.{name}", [self._observed(name)], unit=unit, description=description
+            )
+
+    def _observed(self, name: str) -> Callable[[CallbackOptions], Iterable[Observation]]:
+        return lambda options: [Observation(self._counted[name])]
 
     def record(self, before: EngineState, now: EngineState) -> None:
         """The states before and after a step of one process; its counters begin at 0."""
         if now.step_s:
-            self._time.record(now.step_s)
-            self._sequences.record(now.step_sequences)
-            self._tokens.record(now.step_tokens)
-        for name, counter in self._counters.items():
+            self._time.record(now.step_s, ())
+            self._sequences.record(now.step_sequences, ())
+            self._tokens.record(now.step_tokens, ())
+        for name in _COUNTERS:
             more = getattr(now, name) - getattr(before, name)
             if more > 0:
-                counter.add(more)
+                self._counted[name] += more
 
 
 class MeasuredEngine:
     """Passes everything through; records a span and metrics for each generation."""
 
-    def __init__(self, engine: Engine, clock: Clock) -> None:
+    def __init__(self, engine: Engine, clock: Clock, histograms: Histograms = HISTOGRAMS) -> None:
         self._engine = engine
         self._clock = clock
         self._tracer = trace.get_tracer("llmos.inference")
         meter = _meter()
-        self._first_token = meter.create_histogram(
+        self._first_token = histograms.make(
             "gen_ai.server.time_to_first_token",
             unit="s",
             description="From the request's arrival to its first token.",
-            explicit_bucket_boundaries_advisory=_FIRST_TOKEN_S,
+            bounds=_FIRST_TOKEN_S,
+            labels=_LABELS,
         )
-        self._per_token = meter.create_histogram(
+        self._per_token = histograms.make(
             "gen_ai.server.time_per_output_token",
             unit="s",
             description="Between tokens after the first, for one choice.",
-            explicit_bucket_boundaries_advisory=_PER_TOKEN_S,
+            bounds=_PER_TOKEN_S,
+            labels=_LABELS,
         )
-        self._queue = meter.create_histogram(
+        self._queue = histograms.make(
             "llmos.engine.queue_time",
             unit="s",
             description="From the request's arrival until it got its slot.",
-            explicit_bucket_boundaries_advisory=_QUEUE_S,
+            bounds=_QUEUE_S,
+            labels=_LABELS,
         )
         self._tokens = meter.create_counter(
             "llmos.engine.output_tokens", unit="{token}", description="Tokens that readers were given."
@@ -140,11 +154,29 @@ class MeasuredEngine:
     async def stop(self) -> None:
         await self._engine.stop()
 
-    async def generate(self, request: GenerationRequest) -> AsyncGenerator[EngineEvent, None]:
-        labels = {"gen_ai.request.model": request.model}
+    async def generate(
+        self, request: GenerationRequest, direct: Direct | None = None
+    ) -> AsyncGenerator[EngineEvent, None]:
+        labels = (request.model,)
         begun_s = self._clock.monotonic()
         first_s = last_s = 0.0
         tokens = 0
+
+        def count(delta: Delta) -> None:
+            nonlocal first_s, last_s, tokens
+            last_s = self._clock.monotonic() - begun_s
+            if not tokens:
+                first_s = last_s
+                self._first_token.record(first_s, labels)
+                span.add_event("first_token")
+            tokens += len(delta.token_ids)
+
+        def counted(delta: Delta) -> bool:
+            if direct is None or not direct(delta):
+                return False
+            count(delta)
+            return True
+
         # Not the current span: a generator may be closed in another context than it began in.
         span = self._tracer.start_span(
             f"engine {request.model}",
@@ -156,21 +188,16 @@ class MeasuredEngine:
             },
         )
         try:
-            async with aclosing(self._engine.generate(request)) as events:
+            async with aclosing(self._engine.generate(request, direct and counted)) as events:
                 async for event in events:
-                    last_s = self._clock.monotonic() - begun_s
                     match event:
                         case Started():
-                            self._queue.record(last_s, labels)
+                            self._queue.record(self._clock.monotonic() - begun_s, labels)
                             span.add_event("started")
                             span.set_attribute("gen_ai.usage.input_tokens", event.prompt_tokens)
                             span.set_attribute("llmos.cached_prompt_tokens", event.cached_prompt_tokens)
                         case Delta():
-                            if not tokens:
-                                first_s = last_s
-                                self._first_token.record(first_s, labels)
-                                span.add_event("first_token")
-                            tokens += len(event.token_ids)
+                            count(event)
                         case Finished():
                             reasons = [reason.value for reason in event.reasons]
                             span.set_attribute("gen_ai.response.finish_reasons", reasons)
@@ -183,7 +210,7 @@ class MeasuredEngine:
             # A reader that went away closes the generator: what was done until then counts as well.
             if tokens > request.n:
                 self._per_token.record((last_s - first_s) / (tokens / request.n - 1), labels)
-            self._tokens.add(tokens, labels)
+            self._tokens.add(tokens, {"gen_ai.request.model": request.model})
             span.set_attribute("gen_ai.usage.output_tokens", tokens)
             span.end()
 

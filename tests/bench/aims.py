@@ -15,6 +15,7 @@ SERVE: Targets = {1: 4.0, 8: 6.0, 32: 10.0}
 VLLM: Targets = {1: 2.0, 8: 2.0, 32: 2.0}
 LLAMA: Mapping[str, Targets] = {"q8": {1: 1.1, 8: 3.0, 32: 4.0}, "q4": {1: 1.2, 8: 2.5, 32: 3.0}}
 ALONE: Targets = {8: 0.95}
+"""Over each edge."""
 TTFT_MEAN, TTFT_WORST = 0.6, 0.9
 """Of vLLM's, where 8 arrive at once."""
 PREFIX = 0.2
@@ -48,6 +49,9 @@ def aims(found: Rounds, cached: Sequence[PrefixRound], precision: str) -> list[A
                 rates = found.rates(level, other)
                 if base and rates and level in targets:
                     made.append(Aim(f"platform_vs_{name}_{level}", ratio(base, rates), targets[level]))
+    grpc, alone = (found.rates(8, name) for name in ("platform, gRPC", "engine alone"))
+    if grpc and alone:
+        made.append(Aim("platform_grpc_vs_engine_alone_8", ratio(grpc, alone), ALONE[8]))
     ours, theirs = (found.batches.get(8, {}).get(name, []) for name in ("platform", "vllm"))
     if ours and theirs:
         mean = ratio([each.ttft_mean_s for each in ours], [each.ttft_mean_s for each in theirs])

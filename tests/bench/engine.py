@@ -27,6 +27,7 @@ from tests.bench.progress import Progress
 from tests.bench.rounds import Plan, PrefixRound
 from tests.bench.subject import Subject
 from tests.bench.through_gateway import Platform
+from tests.bench.through_http import PlatformOverHttp
 from tests.bench.weights import Weights, weights
 from tests.bench.work import CannotMeasure, Work
 from tests.framework import broker as brokers
@@ -41,8 +42,10 @@ IDLE_S = 2.0
 
 
 @contextlib.asynccontextmanager
-async def platform(options: Options, given: Weights, folder: Path, say: Progress) -> AsyncIterator[Platform]:
-    """A mesh with the real broker, auth and audit on."""
+async def platform(
+    options: Options, given: Weights, folder: Path, say: Progress
+) -> AsyncIterator[list[Platform]]:
+    """A mesh with the real broker, auth and audit on, and the ways to ask it."""
     reservations = PortReservations()
     broker = brokers.prepare(folder / "kafka", reservations)
     mesh = MeshHarness(folder / "mesh", broker, reservations)
@@ -61,7 +64,13 @@ async def platform(options: Options, given: Weights, folder: Path, say: Progress
         say("starting the broker and the platform")
         broker.start()
         await broker.wait_ready()
-        yield Platform(mesh, given.folder.name)
+        ways = {"platform": PlatformOverHttp, "grpc": Platform}
+        # Tenants, since all get the same prompts: none is to find them in a cache.
+        yield [
+            way(mesh, given.folder.name, tenant=f"over-{name}")
+            for name, way in ways.items()
+            if name in options.subjects
+        ]
     finally:
         await mesh.close()
         if broker.process.running:
@@ -125,9 +134,10 @@ async def bench(options: Options, folder: Path, say: Progress) -> None:
         whole: Platform | None = None
         await take(beside.reference)
         say(f"{beside.reference.name}: {beside.reference.chosen}")
-        if "platform" in options.subjects:
-            whole = await stack.enter_async_context(platform(options, given, folder, say))
-            ours.append(await take(whole))
+        if options.subjects & {"platform", "grpc"}:
+            ways = await stack.enter_async_context(platform(options, given, folder, say))
+            whole = ways[0]
+            ours += [await take(way) for way in ways]
         if "alone" in options.subjects:
             ours.append(await take(alone(options, given, folder)))
         for subject in beside.others:

@@ -15,15 +15,16 @@ class Refused(Exception):
 
 
 async def post(
-    host: str, port: int, path: str, body: Mapping[str, Any]
+    host: str, port: int, path: str, body: Mapping[str, Any], bearer: str = ""
 ) -> AsyncGenerator[dict[str, Any], None]:
     """The JSON of each event of the answer. Raises Refused, OSError, EOFError, ValueError."""
     content = json.dumps(body).encode()
+    credential = f"Authorization: Bearer {bearer}\r\n" if bearer else ""
     reader, writer = await asyncio.open_connection(host, port, limit=LINE_BYTES)
     try:
         writer.write(
             f"POST {path} HTTP/1.1\r\nHost: {host}:{port}\r\nContent-Type: application/json\r\n"
-            f"Content-Length: {len(content)}\r\nConnection: close\r\n\r\n".encode()
+            f"{credential}Content-Length: {len(content)}\r\nConnection: close\r\n\r\n".encode()
             + content
         )
         head = (await reader.readuntil(b"\r\n\r\n")).lower()

@@ -12,10 +12,10 @@ from tests.bench import report
 FLOATS = ("float32", "bfloat16")
 BLOCKS = ("q8", "q4")
 """Quantised blocks: 8 bits are Q8_0, 4 bits what the packaged GGUF file holds."""
-SUBJECTS_OF_FLOATS = ("platform", "alone", "generate", "serve")
+SUBJECTS_OF_FLOATS = ("platform", "grpc", "alone", "generate", "serve")
 VLLM = "vllm"
 """A subject of floats as well, where it is asked for: it takes minutes to start."""
-SUBJECTS_OF_BLOCKS = ("platform", "alone", "llama")
+SUBJECTS_OF_BLOCKS = ("platform", "grpc", "alone", "llama")
 
 
 @dataclass(frozen=True, slots=True)

@@ -16,13 +16,6 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-from llmos.auth.v1 import (
-    admin_service_pb2,
-    admin_service_pb2_grpc,
-    resource_pb2,
-    token_service_pb2,
-    token_service_pb2_grpc,
-)
 from rich.console import Console
 from rich.table import Table
 
@@ -33,6 +26,7 @@ from tests.bench.rounds import Say
 from tests.bench.soak_judgement import Bounds, Trend, trends
 from tests.bench.soak_load import Load
 from tests.bench.soak_samples import AT_REST, Sampler, write_csv
+from tests.bench.tenants import tenants
 from tests.framework import broker as brokers
 from tests.framework.calls import OUTCOME, Caller
 from tests.framework.mesh import CannotStart, MeshHarness
@@ -85,7 +79,7 @@ async def soak(
     csv: Path | None = None,
 ) -> Verdict:
     """Loads a mesh that runs, notes, waits until all is quiet, and judges."""
-    keys = await tenants(mesh)
+    keys = await tenants(mesh, TENANTS)
     load = Load(mesh, model, keys, CLIENTS, seed, too_long_words=2 * TINY_CONTEXT_TOKENS)
     sampler = Sampler(mesh)
     complaints: list[str] = []
@@ -160,30 +154,6 @@ async def _outcomes(mesh: MeshHarness, load: Load, complaints: list[str]) -> dic
             f"{len(wrong)} requests finished, which the audit log denies, {wrong[0]} for example"
         )
     return outcomes
-
-
-async def tenants(mesh: MeshHarness) -> dict[str, str]:
-    """Makes tenants with a client each, at auth itself; returns a key for each tenant."""
-    channel = mesh.channel("auth")
-    issued = await token_service_pb2_grpc.TokenServiceStub(channel).IssueToken(
-        token_service_pb2.IssueTokenRequest(
-            client_id="admin", client_secret=mesh.admin_key, audience=token_service_pb2.AUDIENCE_AUTH
-        )
-    )
-    metadata = [("authorization", f"Bearer {issued.access_token.token}")]
-    admin: Any = admin_service_pb2_grpc.AdminServiceStub(channel)
-
-    async def make(resource: resource_pb2.Resource) -> str:
-        request = admin_service_pb2.CreateResourceRequest(resource=resource)
-        return str((await admin.CreateResource(request, metadata=metadata)).secret)
-
-    keys: dict[str, str] = {}
-    for tenant in TENANTS:
-        app = resource_pb2.Client(id=f"{tenant}-app", tenant_id=tenant, scopes=["generate"])
-        await make(resource_pb2.Resource(tenant=resource_pb2.Tenant(id=tenant, plan_id="unlimited")))
-        await make(resource_pb2.Resource(client=app))
-        keys[tenant] = await make(resource_pb2.Resource(api_key=resource_pb2.ApiKey(client_id=app.id)))
-    return keys
 
 
 def show(verdict: Verdict) -> None:

@@ -1,4 +1,4 @@
-"""The whole platform: this client, the gateway with auth and audit, inference, over loopback."""
+"""The whole platform: this client over gRPC, the gateway with auth and audit, inference, over loopback."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ import grpc
 import psutil
 from llmos.gateway.v1 import generation_pb2, generation_service_pb2, generation_service_pb2_grpc
 
+from tests.bench.tenants import tenants
 from tests.bench.work import CannotMeasure, Stream, Work
 from tests.framework.mesh import CannotStart, MeshHarness
 
@@ -21,18 +22,25 @@ START_TIMEOUT_S = 300.0
 class Platform:
     """A `Subject`: a mesh whose settings are made; `start` starts it unless it runs."""
 
-    name = "platform"
+    name = "platform, gRPC"
 
-    def __init__(self, mesh: MeshHarness, model: str) -> None:
+    def __init__(self, mesh: MeshHarness, model: str, *, tenant: str = "") -> None:
+        """`tenant` is who asks, and is made: its prompts are in no cache of another's. Empty: the
+        administrator."""
         self._mesh = mesh
         self._model = model
+        self._tenant = tenant
+        self._key: str | None = None
         self._stub: Any = None
 
     async def start(self) -> None:
         try:
-            await self._mesh.start(timeout_s=START_TIMEOUT_S)
+            if not self._mesh.processes:
+                await self._mesh.start(timeout_s=START_TIMEOUT_S)
         except CannotStart as error:
             raise CannotMeasure(f"the platform does not start: {error}") from error
+        if self._tenant:
+            self._key = (await tenants(self._mesh, [self._tenant]))[self._tenant]
 
     async def answer(self, work: Work) -> list[Stream]:
         due_s = time.perf_counter()
@@ -57,7 +65,7 @@ class Platform:
         finished = False
         call = self._stub.StreamGenerate(
             generation_service_pb2.StreamGenerateRequest(spec=spec),
-            metadata=self._mesh.bearer(),
+            metadata=self._mesh.bearer(self._key),
             timeout=TIMEOUT_S,
         )
         try:

@@ -10,6 +10,7 @@ import asyncio
 from collections.abc import AsyncIterator
 from contextlib import aclosing, suppress
 from dataclasses import replace
+from itertools import count
 from pathlib import Path
 
 import pytest
@@ -95,17 +96,10 @@ async def test_a_conversation_is_answered(subject: Subject) -> None:
 
 
 async def test_a_repeated_request_has_the_same_tokens(subject: Subject) -> None:
-    first, again, other = await gather_answers_one_by_one(
-        subject.engine, [subject.short(), subject.short(), subject.short("something else entirely")]
-    )
+    requests = [subject.short(), subject.short(), subject.short("something else entirely")]
+    first, again, other = [(await answer(subject.engine, request)).tokens for request in requests]
     assert first == again
     assert first != other
-
-
-async def gather_answers_one_by_one(
-    engine: Engine, requests: list[GenerationRequest]
-) -> list[list[list[int]]]:
-    return [(await answer(engine, request)).tokens for request in requests]
 
 
 async def test_max_tokens_ends_a_choice(subject: Subject) -> None:
@@ -140,6 +134,22 @@ async def test_each_choice_is_complete(subject: Subject) -> None:
     assert sorted(whole.token_ids) == [0, 1]
     assert len(whole.finished.reasons) == 2
     assert whole.finished.usage.completion_tokens == sum(map(len, whole.tokens)) == 8
+
+
+async def test_what_is_taken_directly_is_not_yielded(subject: Subject) -> None:
+    request = subject.short(n=2, max_tokens=6, ignore_eos=True)
+    told, offered = Answer(), count(1)
+
+    def direct(delta: Delta) -> bool:
+        if takes := next(offered) % 3 > 0:
+            told.add(delta)
+        return takes
+
+    async with aclosing(subject.engine.generate(request, direct)) as events:
+        async for event in events:
+            told.add(event)
+    assert told.tokens == (await answer(subject.engine, request)).tokens
+    assert next(offered) > 1
 
 
 async def test_logprobs_come_one_for_each_token(subject: Subject) -> None:

@@ -12,6 +12,7 @@ from tests.bench.progress import Progress
 from tests.bench.rounds import Plan
 from tests.bench.subject import Subject
 from tests.bench.through_gateway import Platform
+from tests.bench.through_http import PlatformOverHttp
 from tests.bench.through_jobs import BatchFile, Jobs
 from tests.framework.mesh import MeshHarness
 from tests.framework.ports import PortReservations
@@ -19,7 +20,8 @@ from tests.framework.ports import PortReservations
 
 async def test_a_round_through_the_platform(mesh: MeshHarness) -> None:
     """With echo, which says one token for each word of the prompt."""
-    platform = Platform(mesh, "echo")
+    grpc, platform = Platform(mesh, "echo"), PlatformOverHttp(mesh, "echo", tenant="acorn")
+    await grpc.start()
     await platform.start()
     plan = Plan(
         levels=(1, 4),
@@ -29,16 +31,19 @@ async def test_a_round_through_the_platform(mesh: MeshHarness) -> None:
         count=lambda text: len(text.split()),
         seed="e2e",
     )
-    found = await rounds.measure({1: [platform], 4: [platform]}, plan, print)
+    found = await rounds.measure({1: [platform], 4: [platform, grpc]}, plan, print)
     assert [len(found.rates(level, "platform")) for level in (1, 4)] == [1, 1]
-    batch = found.batches[4]["platform"][0]
-    assert batch.tokens == 32
-    assert 0 < batch.ttft_mean_s <= batch.ttft_worst_s
-    assert {"gateway", "auth", "inference", "logging", "broker", "client"} <= batch.cpu_s.keys()
+    batches = [found.batches[4][each.name][0] for each in (platform, grpc)]
+    for batch in batches:
+        assert batch.tokens == 32
+        assert 0 < batch.ttft_mean_s <= batch.ttft_worst_s
+        assert {"gateway", "auth", "inference", "logging", "broker", "client"} <= batch.cpu_s.keys()
+    texts = [[stream.text for stream in batch.streams] for batch in batches]
+    assert texts[0] == texts[1]
     cached = await rounds.prefixes(platform, plan, prefix_tokens=64, say=print)
     made = aims(found, cached, "float32")
     assert [aim.line().split()[:2] for aim in made] == [["aim", "cached_prefix_ttft_512"]]
-    assert report.table(found).row_count == 2
+    assert report.table(found).row_count == 3
 
 
 async def test_a_round_of_jobs_and_of_a_batch_file(mesh: MeshHarness) -> None:
@@ -53,7 +58,7 @@ async def test_a_round_of_jobs_and_of_a_batch_file(mesh: MeshHarness) -> None:
         seed="e2e",
     )
     found = await rounds.measure({6: subjects}, plan, print)
-    made = ratios(found, 6, "platform")
+    made = ratios(found, 6, "platform, gRPC")
     assert [each.line().split()[:2] for each in made] == [["aim", "batch_jobs"], ["aim", "batch_batch_file"]]
     texts = [[stream.text for stream in found.batches[6][each.name][0].streams] for each in subjects]
     assert texts[0] == texts[1]

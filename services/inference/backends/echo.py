@@ -32,6 +32,7 @@ from services.inference.engine.port import (
     Alternative,
     Capability,
     Delta,
+    Direct,
     EngineEvent,
     Finished,
     FinishReason,
@@ -186,8 +187,10 @@ class EchoEngine:
             task.cancel()
         await asyncio.gather(*self._tasks, return_exceptions=True)
 
-    async def generate(self, request: GenerationRequest) -> AsyncGenerator[EngineEvent, None]:
-        job = self._admit(request)
+    async def generate(
+        self, request: GenerationRequest, direct: Direct | None = None
+    ) -> AsyncGenerator[EngineEvent, None]:
+        job = self._admit(request, direct)
         self._waiting.append(job)
         self._start_waiting()
         timer = self._keep(asyncio.create_task(self._expire(job), name="echo-deadline"))
@@ -219,12 +222,11 @@ class EchoEngine:
 
     def load(self) -> Load:
         config = self._config
-        waiting = [job.prompt_tokens for job in self._waiting]
         return Load(
             running=_sequences(self._running),
             waiting=_sequences(self._waiting),
             restarts=self._restarts,
-            waiting_tokens=sum(waiting),
+            waiting_tokens=sum(job.prompt_tokens for job in self._waiting),
             kv_pages_used=sum(job.pages for job in self._running),
             kv_pages=config.max_running * math.ceil(config.context_tokens / PAGE_TOKENS),
             step_s=config.delay_s,
@@ -238,11 +240,10 @@ class EchoEngine:
         if not self._health.value.serving:
             raise NoReplica("The model is not loaded at present.")
 
-    def _admit(self, request: GenerationRequest) -> _Job:
+    def _admit(self, request: GenerationRequest, direct: Direct | None) -> _Job:
         check_delivered(request)
         self._check_serving(request.model)
-        config = self._config
-        taken = _sequences(self._running) + _sequences(self._waiting)
+        config, taken = self._config, _sequences(self._running) + _sequences(self._waiting)
         places = config.max_running + config.max_waiting
         if taken + min(request.n, config.max_running) > places:
             raise Overloaded(f"The engine has {taken} sequences running and waiting, and takes {places}.")
@@ -259,11 +260,10 @@ class EchoEngine:
                 f"The prompt has {prompt_tokens} tokens; the model's context holds {config.context_tokens}."
             )
         max_tokens = request.max_tokens or min(room, config.max_output_tokens)
-        timeout_s = float("inf") if request.timeout_s is None else request.timeout_s
-        deadline_s = self._clock.monotonic() + timeout_s
-        script = read_script(request.prompt, config)
-        mailbox = Mailbox(self._clock, gather_s=request.gather_s)
-        return _Job(request, script, prompt_tokens, max_tokens, deadline_s, [0] * request.n, mailbox)
+        deadline_s = self._clock.monotonic() + (math.inf if request.timeout_s is None else request.timeout_s)
+        mailbox = Mailbox(self._clock, gather_s=request.gather_s, direct=direct)
+        script, said = read_script(request.prompt, config), [0] * request.n
+        return _Job(request, script, prompt_tokens, max_tokens, deadline_s, said, mailbox)
 
     def _start_waiting(self) -> None:
         while self._waiting:
@@ -299,8 +299,8 @@ class EchoEngine:
             self._leave(job)
 
     async def _run(self, job: _Job) -> None:
-        model = self._model
-        job.mailbox.put(Started(model.revision, model.numerics_id, model.exact_replay, job.prompt_tokens))
+        told = (self._model.revision, self._model.numerics_id, self._model.exact_replay)
+        job.mailbox.put(Started(*told, job.prompt_tokens))
         try:
             await self._say(job)
         except LlmosError as error:

@@ -19,6 +19,7 @@ from services.inference.engine.health_state import HealthState
 from services.inference.engine.mailbox import Mailbox
 from services.inference.engine.port import (
     Delta,
+    Direct,
     EngineEvent,
     Finished,
     FinishReason,
@@ -157,10 +158,12 @@ class EmbeddedEngine:
         self._health.set(serving=False, detail="stopped")
         self._end_all(Draining, "The engine is shutting down.")
 
-    async def generate(self, request: GenerationRequest) -> AsyncGenerator[EngineEvent, None]:
+    async def generate(
+        self, request: GenerationRequest, direct: Direct | None = None
+    ) -> AsyncGenerator[EngineEvent, None]:
         check_delivered(request)
         process = self._admit(request.model, request.prompt, request.n)
-        job_id, job = self._new_job(request.n, request.gather_s)
+        job_id, job = self._new_job(request.n, Mailbox(self._clock, gather_s=request.gather_s, direct=direct))
         deadline = asyncio.create_task(self._expire(job, request.timeout_s), name="engine-deadline")
         try:
             process.post(frames.Submit(job_id, request))
@@ -177,7 +180,7 @@ class EmbeddedEngine:
 
     async def count_tokens(self, model: str, prompt: Prompt) -> TokenCount:
         process = self._admit(model, prompt, 1)
-        job_id, job = self._new_job(1)
+        job_id, job = self._new_job(1, Mailbox(self._clock))
         job.counted = asyncio.get_running_loop().create_future()
         process.post(frames.Count(job_id, prompt))
         return TokenCount(await job.counted, self._model.context_tokens)
@@ -224,9 +227,9 @@ class EmbeddedEngine:
             )
         return process
 
-    def _new_job(self, sequences: int, gather_s: float = 0.0) -> tuple[int, _Job]:
+    def _new_job(self, sequences: int, mailbox: Mailbox) -> tuple[int, _Job]:
         self._next_job += 1
-        job = self._jobs[self._next_job] = _Job(sequences, Mailbox(self._clock, gather_s=gather_s))
+        job = self._jobs[self._next_job] = _Job(sequences, mailbox)
         return self._next_job, job
 
     async def _expire(self, job: _Job, timeout_s: float | None) -> None:

@@ -5,7 +5,8 @@ what is kept never exceeds the request's output, which max_tokens bounds. The wr
 merged has a size: each hop of a slow reader's stream holds some messages, and they are not to be as large as
 all that was generated meanwhile.
 
-A reader who would rather have few deltas is not woken for each: that is most of what one costs.
+A reader who would rather have few deltas is not woken for each: that is most of what one costs. Nor is one
+who has said where they may go directly.
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ import math
 from collections import deque
 from dataclasses import dataclass, field
 
-from services.inference.engine.port import Delta, EngineEvent, Finished, Started, TokenLogprob
+from services.inference.engine.port import Delta, Direct, EngineEvent, Finished, Started, TokenLogprob
 from services.mesh.clock import Clock, wait_at_most
 from services.mesh.errors import LlmosError
 
@@ -51,9 +52,11 @@ class _Pending:
 class Mailbox:
     """One writer, one reader, one loop."""
 
-    def __init__(self, clock: Clock, *, gather_s: float = 0.0) -> None:
-        """`gather_s` as in `GenerationRequest`."""
+    def __init__(self, clock: Clock, *, gather_s: float = 0.0, direct: Direct | None = None) -> None:
+        """`gather_s` as in `GenerationRequest`, `direct` as in `Engine.generate`."""
         self._clock = clock
+        self._direct = direct
+        self._reader_waits = False
         self._gather_s = gather_s
         self._gathering = False
         """The reader had a delta a short while ago, and waits for the next ones to be merged."""
@@ -73,6 +76,8 @@ class Mailbox:
         if isinstance(event, Started):
             self._started = event
         elif isinstance(event, Delta):
+            if self._goes_directly(event):
+                return
             pending = self._deltas.setdefault(event.choice, _Pending())
             pending.add(event)
             if pending.size >= MERGED_BYTES:
@@ -89,6 +94,12 @@ class Mailbox:
         if self._end is None:
             self._end = error
         self._news.set()
+
+    def _goes_directly(self, delta: Delta) -> bool:
+        """Only while the reader waits, so that none overtakes what it was given or is about to be given."""
+        if self._direct is None or not self._reader_waits or self._news.is_set():
+            return False
+        return self._direct(delta)
 
     async def get(self) -> EngineEvent:
         """The next event. Raises what the writer failed with."""
@@ -112,4 +123,8 @@ class Mailbox:
                 await wait_at_most(self._clock, self._news, self._gather_s)
                 self._gathering = False
             else:
-                await self._news.wait()
+                self._reader_waits = True
+                try:
+                    await self._news.wait()
+                finally:
+                    self._reader_waits = False

@@ -6,7 +6,7 @@ as it is. `tests/contract/test_engine_port.py` is the suite that each backend pa
 
 from __future__ import annotations
 
-from collections.abc import AsyncGenerator, AsyncIterator
+from collections.abc import AsyncGenerator, AsyncIterator, Callable
 from dataclasses import dataclass, field
 from enum import Enum, IntEnum
 from typing import Protocol
@@ -181,6 +181,8 @@ class Finished:
 
 
 EngineEvent = Started | Delta | Finished
+Direct = Callable[[Delta], bool]
+"""Where deltas go past their reader; it says whether it has taken one, and never waits."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -248,8 +250,13 @@ class Engine(Protocol):
     async def stop(self) -> None:
         """Ends everything. Running requests get Draining. Safe to call twice."""
 
-    def generate(self, request: GenerationRequest) -> AsyncGenerator[EngineEvent, None]:
+    def generate(
+        self, request: GenerationRequest, direct: Direct | None = None
+    ) -> AsyncGenerator[EngineEvent, None]:
         """Yields Started, Deltas, Finished. Closing the generator ends the work at once (use `aclosing`).
+
+        While the reader waits for the next event, a delta is offered to `direct` first; what that takes is
+        not yielded. So none overtakes another.
 
         Errors, all raised before Started unless they are marked *:
         ModelNotFound; RequestInvalid and ContextLengthExceeded, which name the field; Overloaded, at once,

@@ -51,16 +51,24 @@ def test_numbers_are_measured_beside_transformers_and_vllm() -> None:
     assert lines == ["aim platform_vs_generate_1 2 1 met", "aim platform_vs_vllm_1 2.5 2 met"]
 
 
+def test_both_edges_are_measured_beside_the_engine_alone() -> None:
+    found = rounds_of({"platform": {8: 96}, "platform, gRPC": {8: 94}, "engine alone": {8: 100}})
+    assert [aim.line() for aim in aims(found, [], "float32")] == [
+        "aim platform_vs_engine_alone_8 0.96 0.95 met",
+        "aim platform_grpc_vs_engine_alone_8 0.94 0.95 short",
+    ]
+
+
 def test_the_precision_decides_who_is_measured() -> None:
     blocks = arguments(["--dtype", "q4", "--streams", "1,8"])
     assert blocks.blocks
     assert blocks.levels == (1, 8)
-    assert blocks.subjects == {"platform", "alone", "llama"}
+    assert blocks.subjects == {"platform", "grpc", "alone", "llama"}
     numbers = arguments(["--dtype", "float32", "--subjects", "platform"])
     assert not numbers.blocks
     assert numbers.subjects == {"platform", "generate"}
     assert arguments(["--dtype", "float32", "--vllm"]).subjects == {
-        *("platform", "alone", "generate", "serve", "vllm")
+        *("platform", "grpc", "alone", "generate", "serve", "vllm")
     }
     assert "vllm" not in arguments(["--dtype", "float32"]).subjects
     assert arguments([]).precision in ("float32", "bfloat16")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import AsyncIterator
+from contextlib import aclosing
 from typing import Any
 
 import msgspec
@@ -10,15 +11,18 @@ import pytest
 from opentelemetry import metrics, trace
 from opentelemetry.sdk.metrics import MeterProvider
 from opentelemetry.sdk.metrics.export import InMemoryMetricReader
+from opentelemetry.sdk.resources import Resource
 from opentelemetry.sdk.trace import TracerProvider
 from opentelemetry.sdk.trace.export import SimpleSpanProcessor
 from opentelemetry.sdk.trace.export.in_memory_span_exporter import InMemorySpanExporter
 
 from services.inference.backends.echo import EchoConfig, EchoEngine
 from services.inference.engine.frames import EngineState
+from services.inference.engine.port import Delta, Finished, Started
 from services.inference.telemetry import MeasuredEngine, StepInstruments
 from services.mesh.clock import SystemClock
 from services.mesh.errors import EngineFault
+from services.mesh.histograms import Histograms
 from tests.framework.engines import answer, begin, text_request
 
 
@@ -34,7 +38,10 @@ class Measures:
         monkeypatch.setattr(trace, "get_tracer", tracers.get_tracer)
         monkeypatch.setattr(metrics, "get_meter", meters.get_meter)
         clock = SystemClock()
-        self.engine = MeasuredEngine(EchoEngine(EchoConfig(directives=True), clock), clock)
+        self.histograms = Histograms()
+        self.histograms.join(self.reader, Resource.get_empty())
+        echo = EchoEngine(EchoConfig(directives=True), clock)
+        self.engine = MeasuredEngine(echo, clock, self.histograms)
 
     def points(self, name: str) -> list[Any]:
         data = self.reader.get_metrics_data()
@@ -71,6 +78,24 @@ async def test_a_generation_is_measured(measures: Measures) -> None:
     assert [event.name for event in span.events] == ["started", "first_token"]
 
 
+async def test_what_goes_past_the_reader_is_measured_as_well(measures: Measures) -> None:
+    taken: list[Delta] = []
+
+    def direct(delta: Delta) -> bool:
+        taken.append(delta)
+        return len(delta.token_ids) == 1 and len(taken) != 2
+
+    request = text_request("echo", "[[tokens=5]][[delay_ms=2]] a b")
+    async with aclosing(measures.engine.generate(request, direct)) as events:
+        kinds = [type(event) for event in [event async for event in events]]
+    assert kinds == [Started, Delta, Finished], "one that was not taken, and no other"
+    (first,) = measures.points("gen_ai.server.time_to_first_token")
+    (tokens,) = measures.points("llmos.engine.output_tokens")
+    (span,) = measures.spans.get_finished_spans()
+    assert (first.count, tokens.value, len(taken)) == (1, 5, 5)
+    assert [event.name for event in span.events] == ["started", "first_token"]
+
+
 async def test_r32_no_text_is_in_a_span(measures: Measures) -> None:
     await answer(measures.engine, text_request("echo", "canary"))
     (span,) = measures.spans.get_finished_spans()
@@ -94,7 +119,7 @@ async def test_the_load_is_told(measures: Measures) -> None:
 
 
 async def test_steps_are_measured_and_counters_go_on_after_a_restart(measures: Measures) -> None:
-    steps = StepInstruments()
+    steps = StepInstruments(measures.histograms)
     nothing = EngineState()
     first = EngineState(
         step_sequences=3,
