@@ -39,6 +39,8 @@ EXIT_MEASURED, EXIT_COULD_NOT = 0, 2
 CHECK_TOKENS = 24
 CHOICE_TOKENS = 16
 IDLE_S = 2.0
+REPEATS = 2
+"""Of a batch that others disturb."""
 
 
 @contextlib.asynccontextmanager
@@ -113,6 +115,7 @@ async def bench(options: Options, folder: Path, say: Progress) -> None:
         max_tokens=options.max_tokens,
         count=lambda text: len(tokenizer.encode(text).ids),
         seed=f"{time.time_ns()}",
+        repeats=REPEATS,
         until_s=begun_s + options.budget_s,
     )
     machine = report.machine()
@@ -195,7 +198,7 @@ async def bench(options: Options, folder: Path, say: Progress) -> None:
         "aims": [aim.line() for aim in made],
     }
     path = report.write("engine", content)
-    say(f"raw rounds: {path.relative_to(ROOT)}")
+    say(f"raw rounds: {path.relative_to(ROOT)}. {report.disturbance(found)}")
     report.show([report.table(found), report.cpu_table(found)], made)
 
 

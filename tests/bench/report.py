@@ -70,6 +70,7 @@ def raw(rounds: Rounds) -> list[dict[str, Any]]:
             "ttft_mean_s": batch.ttft_mean_s,
             "ttft_worst_s": batch.ttft_worst_s,
             "cpu_s": batch.cpu_s,
+            "stolen": batch.stolen,
             "each": [
                 {name: value for name, value in asdict(stream).items() if name not in ("token_ids", "text")}
                 for stream in batch.streams
@@ -100,6 +101,12 @@ def table(rounds: Rounds) -> Table:
             )
         found.add_section()
     return found
+
+
+def disturbance(rounds: Rounds) -> str:
+    """A sentence about who else had the machine."""
+    shares = [batch.stolen for each in rounds.batches.values() for found in each.values() for batch in found]
+    return f"A hypervisor gave others {100 * max(shares, default=0):.0f} % of the cores' time at most."
 
 
 def cpu_table(rounds: Rounds) -> Table:

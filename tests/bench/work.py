@@ -72,6 +72,8 @@ class Batch:
     streams: Sequence[Stream]
     cpu_s: dict[str, float] = field(default_factory=dict)
     """CPU seconds, by process."""
+    stolen: float = 0.0
+    """The share of all cores' time that a hypervisor gave to somebody else."""
 
     @property
     def tokens(self) -> int:

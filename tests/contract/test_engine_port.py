@@ -7,10 +7,10 @@ its engine is lost.
 from __future__ import annotations
 
 import asyncio
+import itertools
 from collections.abc import AsyncIterator
 from contextlib import aclosing, suppress
 from dataclasses import replace
-from itertools import count
 from pathlib import Path
 
 import pytest
@@ -138,7 +138,7 @@ async def test_each_choice_is_complete(subject: Subject) -> None:
 
 async def test_what_is_taken_directly_is_not_yielded(subject: Subject) -> None:
     request = subject.short(n=2, max_tokens=6, ignore_eos=True)
-    told, offered = Answer(), count(1)
+    told, offered = Answer(), itertools.count(1)
 
     def direct(delta: Delta) -> bool:
         if takes := next(offered) % 3 > 0:

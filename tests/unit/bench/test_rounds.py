@@ -102,6 +102,32 @@ async def test_rounds_interleave_and_only_one_is_awake() -> None:
     assert report.cpu_table(found).row_count == 4
 
 
+async def test_a_disturbed_batch_is_repeated_and_the_least_disturbed_counts() -> None:
+    journal: list[str] = []
+    said: list[str] = []
+    stolen_s = iter((0.0, 9e6, 9e6, 9e6 + 5e3, 9e6 + 5e3, 18e6))
+    found = await rounds.measure(
+        {1: [Scripted("platform", 0.01, journal)]},
+        plan(levels=(1,), rounds=1, repeats=2),
+        said.append,
+        stolen_s=lambda: next(stolen_s),
+    )
+    assert journal.count("platform 1") == 3
+    (batch,) = found.batches[1]["platform"]
+    assert batch.stolen > 0
+    assert [line.split("others had ")[1].endswith(" % of the machine") for line in said] == [True] * 3
+    shares = [float(line.split("others had ")[1].split(" ")[0]) for line in said]
+    assert batch.stolen == pytest.approx(min(shares) / 100, rel=0.01)
+    assert report.disturbance(found).startswith("A hypervisor gave others ")
+
+
+async def test_an_undisturbed_batch_is_not_repeated() -> None:
+    journal: list[str] = []
+    subjects = {1: [Scripted("platform", 0.01, journal)]}
+    await rounds.measure(subjects, plan(levels=(1,), repeats=2), lambda text: None, stolen_s=lambda: 7.0)
+    assert journal.count("platform 1") == 2
+
+
 async def test_no_round_begins_that_would_end_too_late() -> None:
     journal: list[str] = []
     time_s = iter(range(0, 10_000, 100))
