@@ -120,12 +120,12 @@ class _Watch:
         self.id = random_bytes(16).hex()
         self.connection = source.connection()
         self.is_open = False
-        self.reading = asyncio.create_task(self._read(source), name="delta-watch", context=Context())
         self._source = source
         self._inboxes: dict[int, Inbox] = {}
         self._number = 0
         self._is_retired = False
         self._leaving: set[asyncio.Task[None]] = set()
+        self.reading = asyncio.create_task(self._read(), name="delta-watch", context=Context())
 
     def retire(self) -> None:
         """Ends with the last of its generations: what is under way to them arrives."""
@@ -133,10 +133,10 @@ class _Watch:
         if not self._inboxes:
             self.reading.cancel()
 
-    async def _read(self, source: DeltaSource) -> None:
+    async def _read(self) -> None:
         """Hands out what comes, until the watch ends."""
         try:
-            async with aclosing(source.watch(self.id)) as messages:
+            async with aclosing(self._source.watch(self.id)) as messages:
                 async for message in messages:
                     self.is_open = True
                     for number, delta, last in message:

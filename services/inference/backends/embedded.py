@@ -135,9 +135,9 @@ class EmbeddedEngine:
         self._ready: frames.Ready | None = None
         self._model = ModelInfo(config.model_id)
         self._state = frames.EngineState()
-        self._load = self._idle = Load(
-            running=0, waiting=0, max_running=config.max_running, max_waiting=config.max_waiting
-        )
+        self._running = self._waiting = 0
+        self._step_s = 0.0
+        """A moving mean."""
         self._restarts = 0
         self._supervisor: asyncio.Task[None] | None = None
         self._watchdog: Watchdog | None = None
@@ -198,7 +198,18 @@ class EmbeddedEngine:
         await self._health.wait_serving(timeout_s, self._clock)
 
     def load(self) -> Load:
-        return replace(self._load, restarts=self._restarts)
+        state = self._state
+        return Load(
+            running=self._running,
+            waiting=self._waiting,
+            restarts=self._restarts,
+            waiting_tokens=state.waiting_tokens,
+            kv_pages_used=state.kv_pages_used,
+            kv_pages=state.kv_pages,
+            step_s=self._step_s,
+            max_running=self._config.max_running,
+            max_waiting=self._config.max_waiting,
+        )
 
     @property
     def child_pid(self) -> int | None:
@@ -280,7 +291,8 @@ class EmbeddedEngine:
             # First of all the truth: nothing is served from here on.
             self._ready = None
             self._process = self._watchdog = None
-            self._load, self._state = self._idle, frames.EngineState()
+            self._running, self._waiting, self._step_s = 0, 0, 0.0
+            self._state = frames.EngineState()
             self._health.set(serving=False, detail=reason or "the engine is gone")
             if process is not None:
                 ended = await process.close()
@@ -307,19 +319,10 @@ class EmbeddedEngine:
 
     def _measure(self, report: frames.StepReport) -> None:
         before, now = self._state, report.state
-        mean_s = self._load.step_s
         if now.step_s:
-            mean_s = mean_s + STEP_MEAN_WEIGHT * (now.step_s - mean_s) if mean_s else now.step_s
-        self._state = now
-        self._load = replace(
-            self._load,
-            running=report.running,
-            waiting=report.waiting,
-            waiting_tokens=now.waiting_tokens,
-            kv_pages_used=now.kv_pages_used,
-            kv_pages=now.kv_pages,
-            step_s=mean_s,
-        )
+            mean_s = self._step_s or now.step_s
+            self._step_s = mean_s + STEP_MEAN_WEIGHT * (now.step_s - mean_s)
+        self._running, self._waiting, self._state = report.running, report.waiting, now
         self._observe(before, now)
 
     def _dispatch(self, event: frames.JobEvent) -> None:
