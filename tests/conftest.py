@@ -11,12 +11,12 @@ from typing import Any
 import pytest
 
 from deploy.dev.broker import Broker
+from deploy.dev.ports import PortReservations
 from tests.framework import broker as brokers
 from tests.framework import forks as forking
 from tests.framework import valkey as valkeys
 from tests.framework.forks import Forks
 from tests.framework.mesh import MeshHarness
-from tests.framework.ports import PortReservations
 from tests.framework.postgres import WITHOUT, PostgresServer, programs
 
 # As in the engine's process (docs/decisions/0021): threads of torch that spin while they wait take the cores

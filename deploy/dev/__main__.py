@@ -58,10 +58,13 @@ async def up(args: argparse.Namespace) -> int:
         with printing:
             print(f"{name:<10} | {line}", flush=True)
 
+    reservations = ports.PortReservations()  # held until the process ends
     mesh = Mesh(
         State(args.state),
         mesh_ports=(
-            ports.free_ports(list(ports.DEFAULTS)) if args.free_ports else ports.with_offset(args.port_offset)
+            reservations.take(list(ports.DEFAULTS))
+            if args.free_ports
+            else ports.with_offset(args.port_offset)
         ),
         bootstrap=os.environ.get("LLMOS_KAFKA_BOOTSTRAP_SERVERS"),
         dist=_dist(args),

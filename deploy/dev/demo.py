@@ -33,9 +33,10 @@ async def demo(folder: Path, *, models: Path, dist: Path) -> int:
     def say(text: str) -> None:
         print(f"[{time.monotonic() - began_s:5.1f} s] {text}", flush=True)
 
+    reservations = ports.PortReservations()  # held until the process ends
     mesh = Mesh(
         State(folder),
-        mesh_ports=ports.free_ports(list(ports.DEFAULTS)),
+        mesh_ports=reservations.take(list(ports.DEFAULTS)),
         bootstrap=os.environ.get("LLMOS_KAFKA_BOOTSTRAP_SERVERS"),
         dist=dist,
         models=models,

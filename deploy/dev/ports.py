@@ -1,11 +1,16 @@
-"""Ports: which the development mesh uses, whether they are free, and free ones for tests."""
+"""Ports: which the development mesh uses, whether they are free, and free ones that stay one's own."""
 
 from __future__ import annotations
 
+import contextlib
+import fcntl
+import os
 import random
 import socket
-from collections.abc import Mapping
+import tempfile
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import IO
 
 from deploy.dev.state import CannotStart
 
@@ -52,21 +57,46 @@ def require_free(ports: Mapping[str, int]) -> None:
         )
 
 
-def free_ports(names: list[str]) -> dict[str, int]:
-    """A free port for each name, outside the range from which outgoing connections are given theirs.
+class PortReservations:
+    """Hands out free ports and keeps this user's other meshes and test runs away from them until `release` or
+    the end of the process.
 
-    Another process may still take one between this call and its use: whoever starts a server there tries
-    again with others. Servers that can bind port 0 and tell should do that instead.
+    Between the choice of a port and its use lie seconds: a broker's start, a service's restart. Whoever chose
+    by looking alone could be given the same one meanwhile. They lie outside the range from which outgoing
+    connections are given theirs, which could take one at any moment.
     """
-    highest = _lowest_ephemeral() - 1
-    chosen: dict[str, int] = {}
-    for _ in range(10_000):
-        if len(chosen) == len(names):
-            return chosen
-        port = random.randint(LOWEST_FREE, highest)
-        if port not in chosen.values() and is_free(port):
-            chosen[names[len(chosen)]] = port
-    raise CannotStart(f"No free port was found between {LOWEST_FREE} and {highest}.")
+
+    def __init__(self) -> None:
+        """Raises CannotStart where the folder of the marks is somebody else's."""
+        self._folder = Path(tempfile.gettempdir()) / f"llmos-ports-{os.getuid()}"
+        self._folder.mkdir(mode=0o700, exist_ok=True)
+        if self._folder.is_symlink() or self._folder.stat().st_uid != os.getuid():
+            raise CannotStart(
+                f"{self._folder} is not yours: remove it, or set TMPDIR to a folder of your own."
+            )
+        self._held: list[IO[str]] = []
+
+    def take(self, names: Sequence[str]) -> dict[str, int]:
+        """A port for each name."""
+        return {name: self._take_one() for name in names}
+
+    def release(self) -> None:
+        for mark in self._held:
+            mark.close()
+        self._held.clear()
+
+    def _take_one(self) -> int:
+        highest = _lowest_ephemeral() - 1
+        for _ in range(10_000):
+            port = random.randint(LOWEST_FREE, highest)
+            mark = (self._folder / str(port)).open("w")
+            with contextlib.suppress(BlockingIOError):
+                fcntl.flock(mark, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                if is_free(port):
+                    self._held.append(mark)
+                    return port
+            mark.close()
+        raise CannotStart(f"No free port was found between {LOWEST_FREE} and {highest}.")
 
 
 def _lowest_ephemeral() -> int:

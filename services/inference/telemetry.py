@@ -83,7 +83,7 @@ class StepInstruments:
             bounds=_STEP_TOKENS,
             labels=(),
         )
-        # Counted here: a counter of OpenTelemetry's takes as long as all else that is recorded of a step.
+        # Counted here, read when somebody asks, as the histograms are.
         self._counted = dict.fromkeys(_COUNTERS, 0)
         for name, (unit, description) in _COUNTERS.items():
             _meter().create_observable_counter(

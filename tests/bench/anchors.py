@@ -7,6 +7,7 @@ from pathlib import Path
 
 from tokenizers import Tokenizer
 
+from deploy.dev.ports import PortReservations
 from tests.bench.generate import Generate
 from tests.bench.llama_cpp import LlamaLoop, LlamaServer, require
 from tests.bench.options import VLLM, Options
@@ -15,7 +16,6 @@ from tests.bench.serve import Serve
 from tests.bench.subject import Subject
 from tests.bench.vllm import Vllm
 from tests.bench.weights import Weights
-from tests.framework.ports import PortReservations
 
 CHECK_PROMPTS = 4
 """How many streams the comparison of answers asks for at once."""

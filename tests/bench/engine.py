@@ -16,6 +16,7 @@ from typing import Any
 
 from tokenizers import Tokenizer
 
+from deploy.dev.ports import PortReservations
 from services.inference.models import ModelUnusable
 from services.inference.settings import InferenceSettings
 from tests.bench import check, goodput, report, rounds
@@ -33,7 +34,6 @@ from tests.bench.work import CannotMeasure, Work
 from tests.framework import broker as brokers
 from tests.framework.mesh import CannotStart, MeshHarness
 from tests.framework.models import ROOT
-from tests.framework.ports import PortReservations
 
 EXIT_MEASURED, EXIT_COULD_NOT = 0, 2
 CHECK_TOKENS = 24

@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from deploy.dev.environment import ROOT
+from deploy.dev.ports import PortReservations
 from tests.bench import gateway_figures as figures
 from tests.bench import report
 from tests.bench.figures import Aim
@@ -31,7 +32,6 @@ from tests.bench.subject import cpu_s
 from tests.bench.work import CannotMeasure
 from tests.framework import broker as brokers
 from tests.framework.mesh import CannotStart, MeshHarness
-from tests.framework.ports import PortReservations
 
 EXIT_MEASURED, EXIT_COULD_NOT = 0, 2
 OURS = (figures.OURS, figures.ALL_ON, figures.OFF)

@@ -16,12 +16,11 @@ from pathlib import Path
 import httpx
 
 from deploy.dev.environment import ROOT
-from deploy.dev.ports import HOST
+from deploy.dev.ports import HOST, PortReservations
 from deploy.dev.processes import Process
 from tests.bench.gateway_load import Target
 from tests.bench.gateway_processes import START_TIMEOUT_S, Subject, Upstream, listening
 from tests.bench.work import CannotMeasure
-from tests.framework.ports import PortReservations
 
 ENVIRONMENT = ROOT / ".tools" / "bench-gateway"
 """`make bench-gateway` makes it."""

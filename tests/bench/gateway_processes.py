@@ -15,12 +15,11 @@ from typing import Any
 import psutil
 
 from deploy.dev.environment import ROOT
-from deploy.dev.ports import HOST
+from deploy.dev.ports import HOST, PortReservations
 from deploy.dev.processes import Process
 from tests.bench.gateway_load import MODEL, Job, Target
 from tests.bench.subject import send
 from tests.bench.work import CannotMeasure
-from tests.framework.ports import PortReservations
 
 START_TIMEOUT_S = 120.0
 

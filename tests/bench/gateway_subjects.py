@@ -13,7 +13,7 @@ from llmos.gateway.v1 import policy_service_pb2
 
 from deploy.dev import readiness
 from deploy.dev.environment import ROOT
-from deploy.dev.ports import HOST
+from deploy.dev.ports import HOST, PortReservations
 from deploy.dev.processes import Process
 from services.mesh.channel import IDENTITY_KEY, pack_identity
 from services.mesh.context import Identity
@@ -21,7 +21,6 @@ from tests.bench.gateway_load import MODEL, PIECES, Target
 from tests.bench.gateway_processes import START_TIMEOUT_S, Subject, Upstream
 from tests.framework.identities import Account, Identities
 from tests.framework.mesh import MeshHarness
-from tests.framework.ports import PortReservations
 
 TENANT = "bench"
 LIMITS = policy_pb2.Plan(

@@ -20,6 +20,7 @@ from rich.console import Console
 from rich.table import Table
 
 from deploy.dev.environment import ROOT
+from deploy.dev.ports import PortReservations
 from tests.bench import report
 from tests.bench.progress import Progress
 from tests.bench.rounds import Say
@@ -31,7 +32,6 @@ from tests.framework import broker as brokers
 from tests.framework.calls import OUTCOME, Caller
 from tests.framework.mesh import CannotStart, MeshHarness
 from tests.framework.models import TINY_CONTEXT_TOKENS, TINY_MODEL_ID, make_tiny_model
-from tests.framework.ports import PortReservations
 from tests.framework.waiting import eventually
 
 EXIT_FLAT, EXIT_NOT_FLAT, EXIT_COULD_NOT = 0, 1, 2

@@ -19,6 +19,7 @@ from pathlib import Path
 from rich.table import Table
 
 from deploy.dev.environment import ROOT
+from deploy.dev.ports import PortReservations
 from services.inference.models import PACKAGED_MODEL_ID, ModelUnusable, open_packaged
 from tests.bench import report
 from tests.bench.figures import Aim, Spread
@@ -28,7 +29,6 @@ from tests.bench.through_gateway import Platform
 from tests.bench.work import CannotMeasure, Work
 from tests.framework import broker as brokers
 from tests.framework.mesh import CannotStart, MeshHarness
-from tests.framework.ports import PortReservations
 
 EXIT_MEASURED, EXIT_COULD_NOT = 0, 2
 WARM_AIM_S, COLD_AIM_S = 10.0, 30.0

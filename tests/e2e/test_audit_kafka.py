@@ -12,6 +12,7 @@ from aiokafka import TopicPartition
 from aiokafka.admin import AIOKafkaAdminClient
 
 from deploy.dev.broker import Broker
+from deploy.dev.ports import PortReservations
 from services.logging.schedule.store import JobFilter
 from services.logging.settings import LoggingSettings
 from services.logging.stores.sqlite import SqliteStore
@@ -31,7 +32,6 @@ from tests.framework.audit_path import (
     started,
 )
 from tests.framework.job_events import job
-from tests.framework.ports import PortReservations
 from tests.framework.proxy import TcpProxy
 from tests.framework.waiting import eventually
 

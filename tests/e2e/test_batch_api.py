@@ -17,11 +17,11 @@ from openai.types import Batch
 
 from deploy.dev.broker import Broker
 from deploy.dev.environment import ROOT
+from deploy.dev.ports import PortReservations
 from tests.framework import guides
 from tests.framework.batches import line
 from tests.framework.mesh import MeshHarness
 from tests.framework.node_packages import NodeUnavailable, installed
-from tests.framework.ports import PortReservations
 from tests.framework.waiting import eventually
 
 NODE_FOLDER = Path(__file__).parent / "openai_clients"

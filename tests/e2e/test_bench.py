@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from deploy.dev.ports import PortReservations
 from tests.bench import gateway, gateway_subjects, report, rounds
 from tests.bench.aims import aims
 from tests.bench.batch import ratios
@@ -15,7 +16,6 @@ from tests.bench.through_gateway import Platform
 from tests.bench.through_http import PlatformOverHttp
 from tests.bench.through_jobs import BatchFile, Jobs
 from tests.framework.mesh import MeshHarness
-from tests.framework.ports import PortReservations
 
 
 async def test_a_round_through_the_platform(mesh: MeshHarness) -> None:

@@ -33,9 +33,9 @@ from llmos.logging.v1 import audit_service_pb2, audit_service_pb2_grpc
 from deploy.dev import readiness
 from deploy.dev.broker import Broker
 from deploy.dev.certs import CertificateAuthority
+from deploy.dev.ports import PortReservations
 from deploy.dev.processes import Process
 from deploy.helm.rendering import Manifest, only, render, value_set
-from tests.framework.ports import PortReservations
 from tests.framework.postgres import PostgresServer
 from tests.framework.waiting import eventually
 

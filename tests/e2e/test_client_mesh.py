@@ -20,10 +20,10 @@ from llmos_client import AsyncClient, AuditFilter, AuditRecord, Client, Outcome
 
 from deploy.dev.broker import Broker
 from deploy.dev.environment import ROOT
+from deploy.dev.ports import PortReservations
 from tests.conftest import MeshFactory
 from tests.framework.forks import Forks
 from tests.framework.mesh import MeshHarness
-from tests.framework.ports import PortReservations
 from tests.framework.waiting import eventually
 
 TIMEOUT_S = 30.0

@@ -17,10 +17,10 @@ import pytest
 from llmos_client import AsyncClient, AuditFilter, Job, JobState
 
 from deploy.dev.broker import Broker
+from deploy.dev.ports import PortReservations
 from tests.framework.forks import Forks
 from tests.framework.guides import PROGRAMS, ROOT, run
 from tests.framework.mesh import MeshHarness
-from tests.framework.ports import PortReservations
 from tests.framework.waiting import eventually
 
 TIMEOUT_S = 120.0

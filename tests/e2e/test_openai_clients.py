@@ -17,11 +17,11 @@ import pytest
 from llmos.auth.v1 import admin_service_pb2, admin_service_pb2_grpc, resource_pb2
 
 from deploy.dev.environment import ROOT
+from deploy.dev.ports import PortReservations
 from tests.framework import openai_cases
 from tests.framework.mesh import MeshHarness
 from tests.framework.node_packages import NodeUnavailable, installed
 from tests.framework.openai_cases import complaints
-from tests.framework.ports import PortReservations
 from tests.framework.waiting import eventually
 
 HERE = Path(__file__).parent

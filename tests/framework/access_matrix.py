@@ -35,11 +35,11 @@ from llmos.auth.v1 import (
 )
 from llmos.auth.v1 import token_service_pb2_grpc as token_grpc
 
+from deploy.dev.ports import PortReservations
 from services.gateway.oauth import answers
 from services.mesh import status
 from services.mesh.server import INFRASTRUCTURE
 from tests.framework.mesh import MeshHarness
-from tests.framework.ports import PortReservations
 from tests.framework.waiting import eventually
 
 FILE = Path(__file__).parents[1] / "e2e" / "access_matrix.md"

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from deploy.dev.broker import Broker
 from deploy.dev.environment import ROOT
-from tests.framework.ports import PortReservations
+from deploy.dev.ports import PortReservations
 
 
 def dist() -> Path:

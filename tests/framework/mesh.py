@@ -21,11 +21,10 @@ from deploy.dev import readiness
 from deploy.dev.broker import Broker
 from deploy.dev.certs import CertificateAuthority
 from deploy.dev.environment import ROOT, Plan, service_of
-from deploy.dev.ports import HOST
+from deploy.dev.ports import HOST, PortReservations
 from deploy.dev.processes import Process
 from deploy.dev.state import CannotStart, State
 from tests.framework.forks import COLLECT, Forks
-from tests.framework.ports import PortReservations
 
 ALL = ("auth", "logging", "inference", "gateway")
 READY_TIMEOUT_S = 120.0

