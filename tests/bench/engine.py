@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 import contextlib
 import os
 import statistics
@@ -14,6 +13,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+import uvloop
 from tokenizers import Tokenizer
 
 from deploy.dev.ports import PortReservations
@@ -207,7 +207,7 @@ def main(argv: Sequence[str]) -> int:
     try:
         options = arguments(argv)
         with tempfile.TemporaryDirectory(prefix="llmos-bench-") as folder:
-            asyncio.run(bench(options, Path(folder), say))
+            uvloop.run(bench(options, Path(folder), say))
     except (CannotMeasure, CannotStart, ModelUnusable) as error:
         print(f"Could not measure: {error}", file=sys.stderr)
         return EXIT_COULD_NOT
