@@ -67,17 +67,17 @@ class PortReservations:
     """
 
     def __init__(self) -> None:
-        """Raises CannotStart where the folder of the marks is somebody else's."""
         self._folder = Path(tempfile.gettempdir()) / f"llmos-ports-{os.getuid()}"
+        self._held: list[IO[str]] = []
+
+    def take(self, names: Sequence[str]) -> dict[str, int]:
+        """A port for each name. Raises CannotStart where none is free, or the folder of the marks is somebody
+        else's."""
         self._folder.mkdir(mode=0o700, exist_ok=True)
         if self._folder.is_symlink() or self._folder.stat().st_uid != os.getuid():
             raise CannotStart(
                 f"{self._folder} is not yours: remove it, or set TMPDIR to a folder of your own."
             )
-        self._held: list[IO[str]] = []
-
-    def take(self, names: Sequence[str]) -> dict[str, int]:
-        """A port for each name."""
         return {name: self._take_one() for name in names}
 
     def release(self) -> None:

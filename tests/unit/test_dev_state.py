@@ -131,7 +131,7 @@ def test_a_folder_of_marks_that_is_a_link_is_refused(tmp_path: Path, monkeypatch
     (tmp_path / f"llmos-ports-{os.getuid()}").symlink_to(tmp_path / "elsewhere")
     monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
     with pytest.raises(CannotStart, match="TMPDIR"):
-        ports.PortReservations()
+        ports.PortReservations().take(["auth"])
 
 
 def test_clients_are_told(tmp_path: Path) -> None:
