@@ -50,6 +50,8 @@ class Spelling:
     """So many spaces are dropped from the beginning of a text."""
     first_token_spaces: bool = False
     """Whether all spaces are dropped from the first token."""
+    spaces: frozenset[str] = frozenset()
+    """Characters that are spaces also where bytes spell them: the decoder joins bytes before it looks."""
 
 
 class TokenTable:
@@ -100,6 +102,7 @@ def _spelling(decoder: Mapping[str, Any]) -> Spelling:
     unsupported = UnsupportedTokenizer(f"a tokenizer with the decoder {kinds} is not supported")
     byte_level = byte_fallback = fused = first_token_spaces = False
     spaces: set[str] = set()
+    after_bytes: set[str] = set()
     first_spaces = 0
     for step in steps:
         match step:
@@ -111,8 +114,10 @@ def _spelling(decoder: Mapping[str, Any]) -> Spelling:
                 fused = True
             case {"type": "Replace", "pattern": {"String": str(space)}, "content": " "} if len(space) == 1:
                 spaces.add(space)
+                after_bytes.update([space] if byte_fallback else [])
             case {"type": "Metaspace", "replacement": str(space)}:
                 spaces.add(space)
+                after_bytes.update([space] if byte_fallback else [])
                 first_token_spaces = step.get("prepend_scheme", "always") != "never"
             case {"type": "Strip", "content": " ", "start": int(start), "stop": 0} if fused or byte_level:
                 first_spaces = start
@@ -130,7 +135,7 @@ def _spelling(decoder: Mapping[str, Any]) -> Spelling:
             token = token.replace(space, " ")
         return token.encode()
 
-    return Spelling(to_bytes, _EACH_BYTE, first_spaces, first_token_spaces)
+    return Spelling(to_bytes, _EACH_BYTE, first_spaces, first_token_spaces, frozenset(after_bytes))
 
 
 def byte_level_alphabet() -> dict[str, int]:
@@ -169,13 +174,15 @@ class Detokenizer:
         if self._drop_in_token and piece:
             self._drop_in_token = False
             piece = piece.replace(b" ", b"")
-        return self._without_first_spaces(self._decoder.decode(piece))
+        return self._said(self._decoder.decode(piece))
 
     def flush(self) -> str:
         """The text ends here: what is still incomplete will never be a character."""
-        return self._without_first_spaces(self._decoder.decode(b"", final=True))
+        return self._said(self._decoder.decode(b"", final=True))
 
-    def _without_first_spaces(self, text: str) -> str:
+    def _said(self, text: str) -> str:
+        for space in self._table.spelling.spaces:
+            text = text.replace(space, " ")
         if not (self._drop_spaces and text):
             return text
         rest = text.lstrip(" ")

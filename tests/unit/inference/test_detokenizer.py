@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import json
+from itertools import takewhile
 from pathlib import Path
 from typing import Any
 
 import pytest
-from hypothesis import assume, given, settings
+from hypothesis import assume, example, given, settings
 from hypothesis import strategies as st
 from tokenizers import AddedToken, Tokenizer, decoders, models
 
@@ -117,6 +118,7 @@ def test_byte_level_bytes_cut_anywhere(ids: list[int]) -> None:
     assert "".join(pieces(BYTE_LEVEL_TABLE, ids)) == BYTE_LEVEL.decode(ids, skip_special_tokens=True)
 
 
+PLAIN = len(BYTES) + WORDS.index("a")
 # A character in bytes is one element of a sequence, so that runs of bytes are UTF-8.
 PLAIN_TOKENS = st.one_of(
     st.integers(256, 255 + len(WORDS) + len(ADDED)).map(lambda token: [token]),
@@ -127,6 +129,8 @@ PLAIN_TOKENS = st.one_of(
 @pytest.mark.parametrize("kind", SENTENCEPIECE)
 @settings(max_examples=80, deadline=None)
 @given(parts=st.lists(PLAIN_TOKENS, max_size=8))
+@example(parts=[list("▁".encode())])
+@example(parts=[[PLAIN], list("▁".encode()), [PLAIN]])
 def test_sentencepiece_text_is_what_its_decoder_gives(kind: str, parts: list[list[int]]) -> None:
     tokenizer = SENTENCEPIECE_TOKENIZERS[kind]
     ids = [token for part in parts for token in part]
@@ -136,6 +140,9 @@ def test_sentencepiece_text_is_what_its_decoder_gives(kind: str, parts: list[lis
         heard = [token for token in ids if token not in SENTENCEPIECE_TABLES[kind].special]
         assume(not tokenizer.decode(heard[:1]).startswith((" lead", "two")))
         assume(heard[:1] != [ord(" ")])
+        # Nor does anybody spell in bytes the character that stands for a space, there.
+        run = bytes(takewhile(lambda token: token < len(BYTES), heard))
+        assume("▁".encode() not in run)
     said = "".join(pieces(SENTENCEPIECE_TABLES[kind], ids))
     assert said == tokenizer.decode(ids, skip_special_tokens=True)
 
