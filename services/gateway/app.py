@@ -25,7 +25,7 @@ from services.gateway.authorisation import Authorisation
 from services.gateway.batches.assembly import build_batches
 from services.gateway.batches.working import BatchJobs
 from services.gateway.cache.assembly import answer_cache
-from services.gateway.clients import GrpcAuditLog, GrpcAuth, GrpcInference, GrpcRenewal
+from services.gateway.clients import GrpcAuditLog, GrpcAuth, GrpcRenewal
 from services.gateway.completion import Completions
 from services.gateway.cutting import RunningCredentials
 from services.gateway.first_replica import FIRST_REPLICA, FirstReplica
@@ -49,6 +49,7 @@ from services.gateway.oauth.outcomes import Outcomes
 from services.gateway.oauth.servicer import TokenServicer
 from services.gateway.policy_view import PolicyView
 from services.gateway.redis import connect
+from services.gateway.replica.clients import GrpcInference
 from services.gateway.request import RequestParser
 from services.gateway.routing import Replica, Router
 from services.gateway.servicer import (

@@ -9,6 +9,8 @@ from services.mesh.errors import PolicyDenied
 from services.mesh.interceptors import Authenticator
 from services.mesh.tokens import GATEWAY
 
+GENERATE_WHOLE = "/llmos.inference.v1.InferenceService/GenerateWhole"
+GENERATE_MANY = "/llmos.inference.v1.InferenceService/GenerateMany"
 WATCHES = frozenset(
     {"/llmos.inference.v1.FleetService/WatchLoad", "/llmos.inference.v1.InferenceService/WatchDeltas"}
 )

@@ -7,12 +7,12 @@ import contextlib
 
 from llmos.inference.v1 import fleet_service_pb2_grpc, inference_service_pb2_grpc
 
-from services.inference.access import WATCHES, GatewayOnly
+from services.inference.access import GENERATE_MANY, WATCHES, GatewayOnly
 from services.inference.backends.echo import EchoConfig, EchoEngine
 from services.inference.backends.embedded import EmbeddedConfig, EmbeddedEngine
 from services.inference.engine.port import Engine
 from services.inference.engine.watchdog import Timeouts
-from services.inference.servicer import FleetServicer, InferenceServicer
+from services.inference.servicer import CARRY_S, FleetServicer, InferenceServicer
 from services.inference.settings import InferenceSettings, child_environment
 from services.inference.telemetry import MeasuredEngine, StepInstruments
 from services.mesh.app import App, Closing
@@ -122,13 +122,21 @@ async def build(settings: InferenceSettings, clock: Clock) -> App:
         running=running,
         authenticator=GatewayOnly(ServiceAuthenticator(verifier, revoked.check_identity)),
         watch_methods=WATCHES,
+        longer_s={GENERATE_MANY: CARRY_S},
         max_call_s=settings.max_call_s,
         adopt_request_id=True,
     )
     server = GrpcServer(settings, chain=chain, running=running, health=health)
     await server.add(
         inference_service_pb2_grpc.add_InferenceServiceServicer_to_server,
-        InferenceServicer(engine, clock, replica=settings.name),
+        InferenceServicer(
+            engine,
+            clock,
+            replica=settings.name,
+            chain=chain,
+            running=running,
+            max_request_bytes=settings.max_message_bytes,
+        ),
         "llmos.inference.v1.InferenceService",
     )
     await server.add(

@@ -5,12 +5,14 @@ The rules of the protos have been checked before: values are in range.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
 
 from llmos.common.v1 import finish_reason_pb2, usage_pb2
 from llmos.gateway.v1 import generation_pb2, model_service_pb2
 from llmos.inference.v1 import fleet_service_pb2, inference_service_pb2
 
+from services.inference.carrier import Answered, Carried
 from services.inference.delta_watches import Entry
 from services.inference.engine.port import (
     Alternative,
@@ -32,7 +34,10 @@ from services.inference.engine.port import (
     TokenLogprob,
 )
 from services.inference.whole import Whole
+from services.mesh import status, validation
+from services.mesh.channel import IDENTITY_KEY
 from services.mesh.errors import EngineFault, NotImplementedYet, RequestInvalid, Violation
+from services.mesh.interceptors import REQUEST_ID_KEY
 
 _ROLES = {
     generation_pb2.ROLE_SYSTEM: Role.SYSTEM,
@@ -160,6 +165,40 @@ def watched_message(entries: Sequence[Entry]) -> inference_service_pb2.WatchDelt
         added.last = entry.last
         if entry.delta is not None:
             _fill_delta(added.delta, entry.delta, entry.seq)
+    return message
+
+
+def carried(
+    call: inference_service_pb2.CarriedCall, authorization: str
+) -> tuple[Carried, Callable[[], inference_service_pb2.GenerateRequest]]:
+    """A call of a GenerateMany, and what gives its request: that raises RequestInvalid."""
+    metadata: dict[str, str | bytes] = {"authorization": authorization, REQUEST_ID_KEY: call.request_id}
+    if call.identity:
+        metadata[IDENTITY_KEY] = call.identity
+    if call.traceparent:
+        metadata["traceparent"] = call.traceparent
+    if call.tracestate:
+        metadata["tracestate"] = call.tracestate
+    return Carried(call.number, metadata, call.timeout_s), partial(_carried_request, call.request)
+
+
+def _carried_request(data: bytes) -> inference_service_pb2.GenerateRequest:
+    request = validation.parsed(data, inference_service_pb2.GenerateRequest.FromString)
+    validation.validate(request)
+    return request
+
+
+def many_message(
+    answers: Sequence[Answered[inference_service_pb2.GenerateWholeResponse]], *, retired: bool
+) -> inference_service_pb2.GenerateManyResponse:
+    message = inference_service_pb2.GenerateManyResponse(retired=retired)
+    for answered in answers:
+        added = message.answers.add()
+        added.number = answered.number
+        if answered.answer is not None:
+            added.whole.CopyFrom(answered.answer)
+        elif answered.error is not None:
+            added.error = status.to_status(answered.error, answered.request_id).SerializeToString()
     return message
 
 

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import asyncio
 import math
-from collections.abc import AsyncGenerator, AsyncIterator
+from collections.abc import AsyncGenerator, AsyncIterator, Callable
 from contextlib import aclosing
+from functools import partial
 
 import grpc
 from llmos.inference.v1 import (
@@ -16,23 +17,47 @@ from llmos.inference.v1 import (
 )
 
 from services.inference import request as requests
+from services.inference.access import GENERATE_WHOLE
+from services.inference.carrier import Carrier
 from services.inference.delta_watches import DeltaWatch, DeltaWatches, Way
 from services.inference.engine.port import Delta, Direct, Engine, EngineEvent, Started
 from services.inference.whole import Whole
 from services.mesh import context
 from services.mesh.clock import Clock
+from services.mesh.errors import LlmosError, MessageTooLarge
+from services.mesh.interceptors import Chain
+from services.mesh.running import RunningCalls
 
+CARRY_S = 300.0
+"""So long a GenerateMany takes calls; it lasts as much longer as they may."""
+MAX_ANSWER_BYTES = 4 * 1024 * 1024 - 4096
+"""The gateway takes messages of 4 MiB."""
 WATCH_END_MARGIN_S = 5.0
 """So long before its deadline a watch of deltas ends by itself."""
+
+_Carrier = Carrier[inference_service_pb2.GenerateWholeResponse]
 
 
 class InferenceServicer(inference_service_pb2_grpc.InferenceServiceServicer):
     """Runs models."""
 
-    def __init__(self, engine: Engine, clock: Clock, *, replica: str) -> None:
+    def __init__(
+        self,
+        engine: Engine,
+        clock: Clock,
+        *,
+        replica: str,
+        chain: Chain,
+        running: RunningCalls,
+        max_request_bytes: int,
+    ) -> None:
+        """`chain`: what each carried call passes; `max_request_bytes`: what the server takes."""
         self._engine = engine
         self._clock = clock
         self._replica = replica
+        self._chain = chain
+        self._running = running
+        self._max_request_bytes = max_request_bytes
         self._watches = DeltaWatches()
 
     async def Generate(
@@ -113,14 +138,80 @@ class InferenceServicer(inference_service_pb2_grpc.InferenceServiceServicer):
             inference_service_pb2.GenerateWholeRequest, inference_service_pb2.GenerateWholeResponse
         ],
     ) -> inference_service_pb2.GenerateWholeResponse:
+        return await self._whole(request.request)
+
+    async def _whole(
+        self, request: inference_service_pb2.GenerateRequest
+    ) -> inference_service_pb2.GenerateWholeResponse:
         arrived_s = self._clock.monotonic()
-        whole = Whole(request.request.spec.n or 1)
-        async with aclosing(self._generated(request.request, gather_s=math.inf)) as events:
+        whole = Whole(request.spec.n or 1)
+        async with aclosing(self._generated(request, gather_s=math.inf)) as events:
             async for event in events:
                 if isinstance(event, Delta) and not whole.time_to_first_token_s:
                     whole.time_to_first_token_s = self._clock.monotonic() - arrived_s
                 whole.add(event)
-        return requests.whole_message(whole, after_seq=request.request.after_seq, replica=self._replica)
+        return requests.whole_message(whole, after_seq=request.after_seq, replica=self._replica)
+
+    async def GenerateMany(
+        self,
+        request_iterator: AsyncIterator[inference_service_pb2.GenerateManyRequest],
+        servicer_context: grpc.aio.ServicerContext[
+            inference_service_pb2.GenerateManyRequest, inference_service_pb2.GenerateManyResponse
+        ],
+    ) -> AsyncIterator[inference_service_pb2.GenerateManyResponse]:
+        carrier: _Carrier = Carrier(self._chain, GENERATE_WHOLE, context.require_current().source_address)
+        beside = (
+            asyncio.create_task(self._read_calls(carrier, request_iterator)),
+            asyncio.create_task(self._retire(carrier)),
+        )
+        try:
+            yield inference_service_pb2.GenerateManyResponse(max_request_bytes=self._max_request_bytes)
+            while (answers := await carrier.take()) is not None:
+                yield requests.many_message(answers, retired=carrier.says_retired)
+        finally:
+            for task in beside:
+                task.cancel()
+            await carrier.close()
+
+    async def _read_calls(
+        self, carrier: _Carrier, messages: AsyncIterator[inference_service_pb2.GenerateManyRequest]
+    ) -> None:
+        authorization = ""
+        failed: LlmosError | None = None
+        try:
+            async for message in messages:
+                for number in message.cancelled:
+                    carrier.cancel(number)
+                for call in message.calls:
+                    authorization = call.authorization or authorization
+                    carried, request = requests.carried(call, authorization)
+                    carrier.begin(carried, partial(self._carried_whole, request))
+                await carrier.room()
+        except LlmosError as error:
+            failed = error
+        finally:
+            carrier.no_more(failed)
+
+    async def _carried_whole(
+        self, request: Callable[[], inference_service_pb2.GenerateRequest]
+    ) -> tuple[inference_service_pb2.GenerateWholeResponse, int]:
+        whole = await self._whole(request())
+        size_bytes = whole.ByteSize()
+        if size_bytes > MAX_ANSWER_BYTES:
+            raise MessageTooLarge(f"The answer is longer than {MAX_ANSWER_BYTES} bytes.")
+        return whole, size_bytes
+
+    async def _retire(self, carrier: _Carrier) -> None:
+        """A drain waits for calls that run, and so for those that a carrier still takes; nor may one outlast
+        its deadline."""
+        begins = asyncio.create_task(self._running.drain_begins())
+        ages = asyncio.create_task(self._clock.sleep(CARRY_S))
+        try:
+            await asyncio.wait((begins, ages), return_when=asyncio.FIRST_COMPLETED)
+            carrier.retire()
+        finally:
+            begins.cancel()
+            ages.cancel()
 
     def _generated(
         self,

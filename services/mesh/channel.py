@@ -10,9 +10,7 @@ from __future__ import annotations
 
 import asyncio
 import json
-import types
-from collections.abc import AsyncIterator, Awaitable, Callable, Generator
-from contextvars import Context
+from collections.abc import Awaitable, Callable
 from functools import lru_cache
 from typing import Any, Protocol
 
@@ -24,6 +22,7 @@ from services.mesh import errors, status, telemetry
 from services.mesh.clock import Clock
 from services.mesh.context import Identity
 from services.mesh.interceptors import REQUEST_ID_KEY
+from services.mesh.outgoing import OutgoingExchange, OutgoingStream
 from services.mesh.server import KEEPALIVE_TIME_MS
 from services.mesh.tls import TlsFiles
 
@@ -51,6 +50,7 @@ _SERVICE_CONFIG = {
                 {"service": "llmos.inference.v1.InferenceService", "method": "Generate"},
                 {"service": "llmos.inference.v1.InferenceService", "method": "GenerateWhole"},
                 {"service": "llmos.inference.v1.InferenceService", "method": "WatchDeltas"},
+                {"service": "llmos.inference.v1.InferenceService", "method": "GenerateMany"},
             ]
         },
         {"name": [{}], "retryPolicy": _RETRY},
@@ -201,11 +201,26 @@ class Channel(grpc.aio.Channel):
         return call
 
     def stream_unary(self, method: str, *args: Any, **kwargs: Any) -> Any:
-        raise NotImplementedError(f"{method}: no service of the mesh takes a stream of requests")
+        raise NotImplementedError(f"{method}: no service of the mesh takes a stream and answers once")
 
-    def stream_stream(self, method: str, *args: Any, **kwargs: Any) -> Any:
-        """Not for use; generated stubs of reflection and the like need their own channel."""
-        raise NotImplementedError(f"{method}: no service of the mesh takes a stream of requests")
+    def stream_stream(
+        self,
+        method: str,
+        request_serializer: Callable[..., Any] | None = None,
+        response_deserializer: Callable[..., Any] | None = None,
+        _registered_method: bool | None = False,
+    ) -> Any:
+        """A callable that returns an OutgoingExchange."""
+
+        def call(*, timeout: float | None = None) -> OutgoingExchange:
+            async def begin() -> Any:
+                metadata, left_s = await self.prepare(timeout)
+                multi = self.inner().stream_stream(method, request_serializer, response_deserializer)
+                return multi(timeout=left_s, metadata=metadata)
+
+            return OutgoingExchange(begin)
+
+        return call
 
     async def start(self) -> None:
         """As a component: nothing to do, the first call connects."""
@@ -233,106 +248,6 @@ class Channel(grpc.aio.Channel):
 
     async def __aexit__(self, *exc_info: object) -> None:
         await self.close()
-
-
-class OutgoingStream:
-    """A stream of responses. Iterate it once; `cancel` in a `finally` ends the work on the other side."""
-
-    def __init__(self, begin: Callable[[], Awaitable[Any]]) -> None:
-        self._begin = begin
-        self._call: Any = None
-        self._cancelled = False
-
-    async def __aiter__(self) -> AsyncIterator[Any]:
-        self._call = await self._begin()
-        if self._cancelled:
-            self._call.cancel()
-        try:
-            while True:
-                response = await _read(self._call)
-                if response is grpc.aio.EOF:
-                    return
-                yield response
-        except grpc.aio.AioRpcError as error:
-            raise status.from_rpc_error(error) from error
-        finally:
-            # An abandoned call is not always collected, so never cancelled (grpc #43462).
-            self._call.cancel()
-
-    def cancel(self) -> None:
-        """Ends the call, begun or not. Safe to repeat."""
-        self._cancelled = True
-        if self._call is not None:
-            self._call.cancel()
-
-
-class _Unshared:
-    """A future, as the task takes it that waits for it: cancelled, it ends the waiting, and not the future.
-
-    `asyncio.shield` says the same with a second future and three turns of the event loop, for each token.
-    """
-
-    __slots__ = ("_asyncio_future_blocking", "_context", "_future", "_wake")
-
-    def __init__(self, future: asyncio.Future[Any]) -> None:
-        self._asyncio_future_blocking = True
-        self._future = future
-
-    def get_loop(self) -> asyncio.AbstractEventLoop:
-        return self._future.get_loop()
-
-    def add_done_callback(self, wake: Callable[[asyncio.Future[Any]], object], *, context: Context) -> None:
-        self._wake, self._context = wake, context
-        self._future.add_done_callback(wake, context=context)
-
-    def cancel(self, msg: object = None) -> bool:
-        if not self._future.remove_done_callback(self._wake):
-            return False  # the task is about to go on, and is cancelled then
-        loop = self._future.get_loop()
-        cancelled: asyncio.Future[Any] = loop.create_future()
-        cancelled.cancel(msg)
-        loop.call_soon(self._wake, cancelled, context=self._context)
-        return True
-
-
-@types.coroutine
-def _read(call: Any) -> Generator[_Unshared | None, None, Any]:
-    """The next response. Who is cancelled here cancels the call, and leaves the read to end by itself:
-    cancelled itself, it would never free its memory (grpc #43360). A task for each read would cost more."""
-    reading = call.read()
-    while True:
-        try:
-            waits_for = reading.send(None)
-        except StopIteration as ended:
-            return ended.value
-        if waits_for is None:
-            yield None
-            continue
-        # As a task does that takes a future from a coroutine.
-        waits_for._asyncio_future_blocking = False
-        try:
-            yield _Unshared(waits_for)
-        except asyncio.CancelledError:
-            if not waits_for.cancelled():
-                call.cancel()
-                _end_later(reading, waits_for)
-                raise
-        except Exception:  # noqa: S110
-            pass  # the coroutine meets it when it goes on
-
-
-def _end_later(reading: Any, waits_for: asyncio.Future[Any]) -> None:
-    """Goes on with an abandoned read when what it waits for has come."""
-
-    def go_on(_: object) -> None:
-        try:
-            following = reading.send(None)
-        except (asyncio.CancelledError, Exception):  # its end, whichever: nobody waits for it
-            return
-        following._asyncio_future_blocking = False
-        _end_later(reading, following)
-
-    waits_for.add_done_callback(go_on)
 
 
 async def _mapped(call: Awaitable[Any]) -> Any:

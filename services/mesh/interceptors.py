@@ -22,6 +22,7 @@ import string
 from collections.abc import Awaitable, Callable, Mapping, Set
 from dataclasses import dataclass, field
 from functools import partial
+from types import MappingProxyType
 
 from services.mesh import context as request_context
 from services.mesh import errors, telemetry
@@ -93,11 +94,13 @@ def server_chain(
     open_methods: frozenset[str] = frozenset(),
     watch_methods: Set[str] = frozenset(),
     max_call_s: float,
+    longer_s: Mapping[str, float] = MappingProxyType({}),
     adopt_request_id: bool,
 ) -> Chain:
     """The chain of a service.
 
     `open_methods` need no credential; `watch_methods` last as long as their client likes (`RunningCalls`).
+    `longer_s`: by method, how much longer than `max_call_s` it may last.
     `adopt_request_id` is for services that only others of the mesh call: the id that the gateway made goes
     on through all hops.
     """
@@ -143,7 +146,7 @@ def server_chain(
             await rest()
 
     async def deadline(call: Call, rest: Rest) -> None:
-        allowed_s = max_call_s
+        allowed_s = max_call_s + longer_s.get(call.context.method, 0.0)
         if call.time_remaining_s is not None:
             call.context.has_own_deadline = True
             allowed_s = min(allowed_s, call.time_remaining_s - DEADLINE_MARGIN_S)

@@ -21,7 +21,7 @@ class RunningCalls:
         self._watches: set[asyncio.Task[object]] = set()
         self._cut: set[asyncio.Task[object]] = set()
         self._aside = 0
-        self._draining = False
+        self._draining = asyncio.Event()
         self._empty = asyncio.Event()
         self._empty.set()
 
@@ -35,7 +35,7 @@ class RunningCalls:
         A `watch` lasts as long as its client likes, so the drain does not wait for it: it ends at once, with
         Draining. Its client goes on elsewhere.
         """
-        if watch and self._draining:
+        if watch and self._draining.is_set():
             raise Draining("The server is shutting down.")
         self._check_places()
         task = asyncio.current_task()
@@ -78,12 +78,16 @@ class RunningCalls:
         """Whether the present task is being cut off by the drain."""
         return asyncio.current_task() in self._cut
 
+    async def drain_begins(self) -> None:
+        """Returns when no more is to be begun."""
+        await self._draining.wait()
+
     async def drain(self, grace_s: float, abort_s: float = 5.0) -> int:
         """Cuts the watches, and waits for all other calls to end, at most `grace_s`; then cuts the rest and
         awaits their `finally`, at most `abort_s`. What is cut ends with Draining. Returns how many calls
         besides watches were cut.
         """
-        self._draining = True
+        self._draining.set()
         self._cut_off(self._watches)
         try:
             await asyncio.wait_for(self._empty.wait(), grace_s)

@@ -11,11 +11,11 @@ from typing import Any, cast
 from urllib.parse import unquote
 
 import grpc
-from google.protobuf.message import DecodeError, Message
+from google.protobuf.message import Message
 from grpc_health.v1 import health_pb2_grpc
 from grpc_reflection.v1alpha import reflection, reflection_pb2_grpc
 
-from services.mesh import errors, status, validation
+from services.mesh import status, validation
 from services.mesh.context import RequestContext
 from services.mesh.errors import LlmosError
 from services.mesh.health import Health
@@ -310,10 +310,7 @@ class _ChainInterceptor(grpc.aio.ServerInterceptor):
         """The request, or each of a stream of them as it is read: parsed and valid. Raises RequestInvalid."""
         if not isinstance(request, bytes):
             return self._each_checked(request, parse)
-        try:
-            parsed = parse(request)
-        except DecodeError:
-            raise errors.RequestInvalid("The request is not a valid protobuf message.") from None
+        parsed = validation.parsed(request, parse)
         if self._validate and isinstance(parsed, Message):
             validation.validate(parsed)
         return parsed

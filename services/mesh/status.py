@@ -56,32 +56,46 @@ def code_of(error: LlmosError) -> grpc.StatusCode:
 def from_rpc_error(error: grpc.aio.AioRpcError) -> LlmosError:
     """The error that the other service raised, or the one that stands for its loss."""
     status = _parsed(error)
-    if status is not None:
-        info, bad, exhausted, retry = (
-            _unpacked(status.details, kind)
-            for kind in (
-                error_details_pb2.ErrorInfo(),
-                error_details_pb2.BadRequest(),
-                error_details_pb2.QuotaFailure(),
-                error_details_pb2.RetryInfo(),
-            )
+    found = None if status is None else _from_status(status)
+    return _bare(error) if found is None else found
+
+
+def from_details(data: bytes) -> LlmosError:
+    """The error that a service of ours raised, from what it says under DETAILS_KEY."""
+    try:
+        found = _from_status(status_pb2.Status.FromString(data))
+    except DecodeError:
+        found = None
+    return errors.Internal("a service raised an error that cannot be read") if found is None else found
+
+
+def _from_status(status: status_pb2.Status) -> LlmosError | None:
+    """None where it is not one of ours."""
+    info, bad, exhausted, retry = (
+        _unpacked(status.details, kind)
+        for kind in (
+            error_details_pb2.ErrorInfo(),
+            error_details_pb2.BadRequest(),
+            error_details_pb2.QuotaFailure(),
+            error_details_pb2.RetryInfo(),
         )
-        if isinstance(info, error_details_pb2.ErrorInfo) and info.domain == DOMAIN:
-            metadata = dict(info.metadata)
-            metadata.pop("request_id", None)
-            hint = metadata.pop("hint", "")
-            cls = errors.BY_REASON.get(info.reason, errors.Internal)
-            violations = bad.field_violations if isinstance(bad, error_details_pb2.BadRequest) else ()
-            quota = exhausted.violations if isinstance(exhausted, error_details_pb2.QuotaFailure) else ()
-            return cls(
-                status.message.removesuffix(hint).strip(),
-                hint=hint,
-                metadata=metadata,
-                retry_after_s=_seconds(retry),
-                violations=[Violation(v.field, v.description) for v in violations],
-                quota=[QuotaViolation(entry.subject, entry.description) for entry in quota],
-            )
-    return _bare(error)
+    )
+    if isinstance(info, error_details_pb2.ErrorInfo) and info.domain == DOMAIN:
+        metadata = dict(info.metadata)
+        metadata.pop("request_id", None)
+        hint = metadata.pop("hint", "")
+        cls = errors.BY_REASON.get(info.reason, errors.Internal)
+        violations = bad.field_violations if isinstance(bad, error_details_pb2.BadRequest) else ()
+        quota = exhausted.violations if isinstance(exhausted, error_details_pb2.QuotaFailure) else ()
+        return cls(
+            status.message.removesuffix(hint).strip(),
+            hint=hint,
+            metadata=metadata,
+            retry_after_s=_seconds(retry),
+            violations=[Violation(v.field, v.description) for v in violations],
+            quota=[QuotaViolation(entry.subject, entry.description) for entry in quota],
+        )
+    return None
 
 
 def _seconds(retry: Message | None) -> float | None:

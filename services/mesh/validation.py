@@ -3,20 +3,29 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Iterator
-from typing import Any
+from collections.abc import Callable, Iterator
+from typing import Any, TypeVar
 
 import protovalidate
 from buf.validate import validate_pb2
 from google.protobuf.descriptor import Descriptor
-from google.protobuf.message import Message
+from google.protobuf.message import DecodeError, Message
 
 from services.mesh import rules
 from services.mesh.errors import RequestInvalid, Violation
 
 _validator = protovalidate.Validator()
+Parsed = TypeVar("Parsed")
 SMALL_BYTES = 2048
 """A request of so many bytes has nothing in such numbers that checking it would take long."""
+
+
+def parsed(data: bytes, parse: Callable[[bytes], Parsed]) -> Parsed:
+    """Raises RequestInvalid for broken bytes."""
+    try:
+        return parse(data)
+    except DecodeError:
+        raise RequestInvalid("The request is not a valid protobuf message.") from None
 
 
 def validate(request: Message) -> None:

@@ -39,6 +39,7 @@ from tests.bench.gateway_watch import Watches
 _NUMBER = re.compile(rb"#\d{%d}" % DIGITS)
 MAX_RUNNING = 256
 LIST_MODELS = "/llmos.inference.v1.FleetService/ListModels"
+GENERATE_MANY = "/llmos.inference.v1.InferenceService/GenerateMany"
 WATCH_DELTAS = "/llmos.inference.v1.InferenceService/WatchDeltas"
 WATCH_LOAD = "/llmos.inference.v1.FleetService/WatchLoad"
 HEALTH = "/grpc.health.v1.Health/Check"
@@ -190,11 +191,8 @@ def engine_stream(request: bytes) -> list[bytes]:
 @lru_cache(maxsize=64)
 def engine_whole(request: bytes) -> list[bytes]:
     """What InferenceService answers in one piece."""
-    asked = inference_service_pb2.GenerateWholeRequest.FromString(request).request
     answer = inference_service_pb2.GenerateWholeResponse(time_to_first_token_s=0.0001)
-    for event in map(
-        inference_service_pb2.GenerateResponse.FromString, engine_stream(asked.SerializeToString())
-    ):
+    for event in map(inference_service_pb2.GenerateResponse.FromString, engine_stream(request)):
         if event.HasField("started"):
             answer.started.CopyFrom(event.started)
         elif event.HasField("finished"):
@@ -224,6 +222,8 @@ class GrpcEcho(grpc.GenericRpcHandler):
             return grpc.unary_stream_rpc_method_handler(self._watch_deltas)
         if details.method == GENERATE_WHOLE:
             return grpc.unary_unary_rpc_method_handler(self._engine_whole)
+        if details.method == GENERATE_MANY:
+            return grpc.stream_stream_rpc_method_handler(self._engine_many)
         if details.method == LIST_MODELS:
             return grpc.unary_unary_rpc_method_handler(self._models)
         if details.method == WATCH_LOAD:
@@ -254,7 +254,18 @@ class GrpcEcho(grpc.GenericRpcHandler):
             yield each
 
     async def _engine_whole(self, request: bytes, context: Any) -> bytes:
-        return answered(request, engine_whole)[0]
+        asked = inference_service_pb2.GenerateWholeRequest.FromString(request).request
+        return answered(asked.SerializeToString(), engine_whole)[0]
+
+    async def _engine_many(self, messages: AsyncIterator[bytes], context: Any) -> AsyncIterator[bytes]:
+        """All calls that came in a message have their answers in one."""
+        yield inference_service_pb2.GenerateManyResponse(max_request_bytes=2**22).SerializeToString()
+        async for message in messages:
+            response = inference_service_pb2.GenerateManyResponse()
+            for call in inference_service_pb2.GenerateManyRequest.FromString(message).calls:
+                answer = response.answers.add(number=call.number)
+                answer.whole.ParseFromString(answered(call.request, engine_whole)[0])
+            yield response.SerializeToString()
 
     async def _models(self, request: bytes, context: Any) -> bytes:
         model = model_service_pb2.Model(

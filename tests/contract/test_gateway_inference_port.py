@@ -58,10 +58,14 @@ async def fake(folder: Path, kind: str) -> AsyncIterator[Subject]:
 
 
 @asynccontextmanager
-async def over_grpc(folder: Path, kind: str, *, is_watched: bool = False) -> AsyncIterator[Subject]:
+async def over_grpc(
+    folder: Path, kind: str, *, is_watched: bool = False, is_carried: bool = False
+) -> AsyncIterator[Subject]:
     async with echo_replica(folder) as replica:
         if is_watched:
             await replica.watched()
+        if is_carried:
+            await replica.carried()
         yield Subject(
             replica.port,
             "none" if kind == "refuse" else replica.model,
@@ -77,15 +81,27 @@ async def watched(folder: Path, kind: str) -> AsyncIterator[Subject]:
         yield subject
 
 
+@asynccontextmanager
+async def carried(folder: Path, kind: str) -> AsyncIterator[Subject]:
+    """What is not read along goes in the stream of all."""
+    async with over_grpc(folder, kind, is_carried=True) as subject:
+        yield subject
+
+
 PROMPTS = {"whole": "a b", "hang": "[[hang_after=1]] a b c", "refuse": "a"}
 each = pytest.mark.parametrize("make", [fake, over_grpc, watched], ids=["fake", "grpc", "watched"])
+each_way = pytest.mark.parametrize(
+    ("make", "whole"),
+    [(fake, False), (over_grpc, False), (watched, False), (fake, True), (over_grpc, True), (carried, True)],
+    ids=["fake", "grpc", "watched", "fake-whole", "grpc-whole", "carried"],
+)
 
 
-@each
-async def test_an_answer_has_its_order(make: object, tmp_path: Path) -> None:
+@each_way
+async def test_an_answer_has_its_order(make: object, whole: bool, tmp_path: Path) -> None:
     async with make(tmp_path, "whole") as subject:  # type: ignore[operator]
         request = generation(model=subject.model, prompt=Prompt(text=PROMPTS["whole"]))
-        events = [event async for event in subject.port.generate("req_1", request)]
+        events = [event async for event in subject.port.generate("req_1", request, whole=whole)]
         assert isinstance(events[0], EngineStarted)
         assert events[0].replica == "replica-0"
         assert isinstance(events[-1], Finished)
@@ -107,6 +123,42 @@ async def test_closing_ends_the_work(make: object, tmp_path: Path) -> None:
         await eventually(lambda: subject.running() == 0, timeout_s=TIMEOUT_S)
 
 
+@each_way
+async def test_who_gives_up_ends_the_work(make: object, whole: bool, tmp_path: Path) -> None:
+    async with make(tmp_path, "hang") as subject:  # type: ignore[operator]
+        request = generation(model=subject.model, prompt=Prompt(text=PROMPTS["hang"]))
+
+        async def read() -> None:
+            async with aclosing(subject.port.generate("req_1", request, whole=whole)) as events:
+                async for _ in events:
+                    pass
+
+        reading = asyncio.create_task(read())
+        await eventually(lambda: subject.running() == 1, timeout_s=TIMEOUT_S)
+        reading.cancel()
+        await eventually(lambda: subject.running() == 0, timeout_s=TIMEOUT_S)
+        assert reading.cancelled()
+
+
+@pytest.mark.parametrize("make", [fake, over_grpc, carried], ids=["fake", "grpc", "carried"])
+async def test_a_replica_that_goes_away_takes_whole_answers_with_it(make: object, tmp_path: Path) -> None:
+    async with make(tmp_path, "hang") as subject:  # type: ignore[operator]
+        request = generation(model=subject.model, prompt=Prompt(text=PROMPTS["hang"]))
+
+        async def read() -> None:
+            async for _ in subject.port.generate("req_1", request, whole=True):
+                pass
+
+        reading = asyncio.create_task(read())
+        await eventually(lambda: subject.running() == 1, timeout_s=TIMEOUT_S)
+        losing = asyncio.create_task(subject.lose())
+        with pytest.raises(errors.LlmosError) as lost:
+            await reading
+        assert isinstance(lost.value, errors.ReplicaLost | errors.Draining)
+        await losing
+        assert not await subject.port.is_healthy()
+
+
 @each
 async def test_a_replica_that_goes_away_is_lost(make: object, tmp_path: Path) -> None:
     async with make(tmp_path, "hang") as subject:  # type: ignore[operator]
@@ -126,12 +178,12 @@ async def test_a_replica_that_goes_away_is_lost(make: object, tmp_path: Path) ->
             await subject.port.list_models()
 
 
-@each
-async def test_a_refusal_keeps_its_class(make: object, tmp_path: Path) -> None:
+@each_way
+async def test_a_refusal_keeps_its_class(make: object, whole: bool, tmp_path: Path) -> None:
     async with make(tmp_path, "refuse") as subject:  # type: ignore[operator]
         request = generation(model=subject.model, prompt=Prompt(text=PROMPTS["refuse"]))
         with pytest.raises(errors.ModelNotFound):
-            _ = [event async for event in subject.port.generate("req_1", request)]
+            _ = [event async for event in subject.port.generate("req_1", request, whole=whole)]
 
 
 @each

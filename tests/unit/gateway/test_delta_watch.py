@@ -10,9 +10,9 @@ from pathlib import Path
 
 import pytest
 
-from services.gateway import delta_watch
-from services.gateway.delta_watch import DeltaWatch, Inbox, WatchedDelta
 from services.gateway.generation import Delta, EngineEvent, EngineStarted, Finished, Prompt
+from services.gateway.replica import delta_watch
+from services.gateway.replica.delta_watch import DeltaWatch, Inbox, WatchedDelta
 from services.inference import servicer
 from services.inference.backends.echo import EchoConfig
 from services.mesh import errors

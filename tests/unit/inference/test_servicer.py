@@ -16,6 +16,8 @@ from services.mesh import context
 from services.mesh.clock import ManualClock
 from services.mesh.context import Caller, Identity, RequestContext
 from services.mesh.errors import Internal
+from services.mesh.interceptors import Chain
+from services.mesh.running import RunningCalls
 from tests.framework.engines import begin, text_request
 
 METHOD = "/llmos.inference.v1.InferenceService/Generate"
@@ -39,7 +41,9 @@ async def generate(engine: EchoEngine, clock: ManualClock, caller: Caller, **fie
     message = inference_service_pb2.GenerateRequest(request_id="req_1", spec=spec, **fields)
     token = context.enter(RequestContext("req_1", METHOD, caller=caller))
     try:
-        servicer = InferenceServicer(engine, clock, replica="r")
+        servicer = InferenceServicer(
+            engine, clock, replica="r", chain=Chain({}), running=RunningCalls(1), max_request_bytes=1
+        )
         return [event async for event in servicer.Generate(message, _NO_CONTEXT)]
     finally:
         context.leave(token)
