@@ -15,7 +15,7 @@ from functools import partial
 from typing import Generic, TypeVar
 
 from services.mesh.context import RequestContext
-from services.mesh.errors import LlmosError, RequestInvalid
+from services.mesh.errors import Cancelled, LlmosError, RequestInvalid
 from services.mesh.interceptors import Call, Chain, new_request_id
 
 Answer = TypeVar("Answer")
@@ -103,7 +103,9 @@ class Carrier(Generic[Answer]):
             await self._chain.run(Call(context, carried.metadata, carried.timeout_s), body)
         except LlmosError as error:
             failed = error
-        # Who is cancelled says nothing: nobody waits for it.
+        except asyncio.CancelledError:
+            # By its caller, who does not wait for it; or from within, and then somebody does.
+            failed = Cancelled("The call was cancelled.")
         self._answers.append(Answered(carried.number, context.request_id, answer, size_bytes, failed))
         self._untaken_bytes += size_bytes
         if self._untaken_bytes > UNTAKEN_BYTES:

@@ -106,10 +106,10 @@ class Carrier(Generic[Answer]):
     async def ask(
         self, request: bytes, metadata: Mapping[str, str | bytes], timeout_s: float
     ) -> Answer | None:
-        """The answer; None where the call is too long to go this way. Raises what the replica raised,
-        ReplicaLost where the stream ends first, and DeadlineExceeded."""
+        """The answer; None where the call cannot go this way: it is too long, or the stream has just ended.
+        Raises what the replica raised, ReplicaLost where the stream ends first, and DeadlineExceeded."""
         size_bytes = _FRAME_BYTES + len(request) + sum(map(len, metadata.values()))
-        if size_bytes > min(CALL_BYTES, self._max_message_bytes):
+        if not self.is_open or size_bytes > min(CALL_BYTES, self._max_message_bytes):
             return None
         self._number = number = self._number + 1
         call = CarriedCall(number, request, metadata, timeout_s, size_bytes)

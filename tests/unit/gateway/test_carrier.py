@@ -294,6 +294,7 @@ async def test_all_that_is_not_answered_is_lost_with_the_stream() -> None:
     with pytest.raises(errors.ReplicaLost):
         await lost
     assert not shared.is_open
+    assert await carrier.ask(b"x", {}, 60) is None, "it goes another way"
     assert shared.carrier() is None
     assert len(source.streams) == 1, "not again at once"
     await clock.advance(carriers.OPEN_AGAIN_S)

@@ -149,7 +149,9 @@ async def test_each_takes_a_place(tmp_path: Path) -> None:
         await many.send(cancelled=(1,))
         await eventually(lambda: many.replica.engine.load().running == 1)
         await many.send(carried(4))
-        assert await many.outcomes(1) == {4: "a"}
+        found = await many.outcomes(2)
+        assert isinstance(found[1], errors.Cancelled)
+        assert found[4] == "a"
 
 
 async def test_the_end_of_the_stream_ends_the_work(tmp_path: Path) -> None:
@@ -198,6 +200,19 @@ async def test_answers_that_nobody_takes_hold_back_more_calls() -> None:
     while (more := await carrier.take()) is not None:
         taken += [each.number for each in more]
     assert taken == list(range(count))
+    await carrier.close()
+
+
+async def test_whatever_ends_a_call_it_is_answered() -> None:
+    carrier: Carrier[str] = Carrier(Chain({}), GENERATE_WHOLE, "")
+
+    async def cancelled() -> tuple[str, int]:
+        raise asyncio.CancelledError
+
+    carrier.begin(Carried(1, {}, 10), cancelled)
+    (answered,) = await carrier.take() or ()
+    assert (answered.number, answered.answer) == (1, None)
+    assert isinstance(answered.error, errors.Cancelled)
     await carrier.close()
 
 
