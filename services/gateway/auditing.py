@@ -101,7 +101,7 @@ class RequestRecord:
 
     def begin(self, *, urgent: bool = True) -> None:
         """The request has passed all refusals: starts to write its intent, and returns at once. It is not
-        urgent where the answer takes a while."""
+        urgent where the answer takes a while and others begin meanwhile."""
         if self._intent is not None:
             raise Internal("a request began twice")
         facts = self._begun_with = self.facts()

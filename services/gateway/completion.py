@@ -157,8 +157,8 @@ class Completions:
                 measured.waited(permit.waited_s)
                 progress = _Progress(ticket, permit)
                 if not record.has_begun:
-                    # A replica takes longer than the disk.
-                    record.begin(urgent=False)
+                    # A replica takes longer than the disk, and one write does for all that begin meanwhile.
+                    record.begin(urgent=self._admission.running <= 1)
                 attempts = 1
                 try:
                     while True:

@@ -77,6 +77,8 @@ class NoLimits(Nobody):
 class NoAdmission(Nobody):
     """Instead of permits and the queue."""
 
+    running = 0
+
     def permit(self, *args: Any, **facts: Any) -> NoPermit:
         return NoPermit()
 

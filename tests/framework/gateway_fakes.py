@@ -193,6 +193,8 @@ class FakeAudit:
 
     def __init__(self) -> None:
         self.started: list[RequestStarted] = []
+        self.urgent: list[bool] = []
+        """Of each intent."""
         self.ended: list[RequestEnded] = []
         self.anonymous: list[tuple[str, str]] = []
         self.gate: Gate | None = None
@@ -201,6 +203,7 @@ class FakeAudit:
         self.end_error: Exception | None = None
 
     def append_started(self, event: RequestStarted, *, urgent: bool = True) -> asyncio.Future[None]:
+        self.urgent.append(urgent)
         return self._append(self.started, event, self.gate, self.start_error)
 
     def hurry(self, request_id: str) -> None: ...

@@ -132,6 +132,19 @@ async def test_each_fault_leaves_one_outcome(
     assert bench.replicas[0].running == bench.admission.running == 0
 
 
+async def test_intents_are_gathered_only_where_there_are_others() -> None:
+    gate = Gate()
+    bench = Bench([FakeReplica([gate, *answer("a")], answer("b"))])
+
+    first = asyncio.create_task(collect(bench))
+    await asyncio.wait_for(gate.reached.wait(), TIMEOUT_S)
+    await collect(bench)
+    gate.open.set()
+    await first
+    await collect(bench)
+    assert bench.audit.urgent == [True, False, True]
+
+
 async def test_what_was_delivered_before_a_fault_is_counted() -> None:
     bench = Bench([FakeReplica([STARTED, Delta(1, 0, "a", (1, 2)), errors.EngineFault("x")])])
     with pytest.raises(errors.EngineFault):
