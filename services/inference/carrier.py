@@ -10,9 +10,10 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Awaitable, Callable, Mapping
 from contextvars import Context
-from dataclasses import dataclass
 from functools import partial
 from typing import Generic, TypeVar
+
+from msgspec import Struct
 
 from services.mesh.context import RequestContext
 from services.mesh.errors import Cancelled, LlmosError, RequestInvalid
@@ -28,8 +29,7 @@ UNTAKEN_BYTES = 1024 * 1024
 """Where answers of so many bytes wait for their reader, no more calls are read."""
 
 
-@dataclass(frozen=True, slots=True)
-class Carried:
+class Carried(Struct, frozen=True):
     """A call that begins."""
 
     number: int
@@ -37,8 +37,7 @@ class Carried:
     timeout_s: float
 
 
-@dataclass(frozen=True, slots=True)
-class Answered(Generic[Answer]):
+class Answered(Struct, Generic[Answer], frozen=True):
     """How one ended: with an answer, or an error."""
 
     number: int

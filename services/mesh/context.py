@@ -69,6 +69,9 @@ class RequestContext:
     """On the injected monotonic clock."""
     caller: Caller = Caller()
     trace_id: str = ""
+    traceparent: str = ""
+    """The trace as W3C's header has it, where nobody collects this process's spans; else the span in force
+    tells."""
     response_metadata: dict[str, str] = field(default_factory=dict)
     """What the answer says of itself beside its content, errors too: names in lower case, values in ASCII.
     Headers on HTTP, until the answer begins; trailing metadata on gRPC, until it ends."""

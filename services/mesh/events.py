@@ -6,9 +6,11 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
 from datetime import datetime
 from enum import IntEnum
+
+import msgspec
+from msgspec import Struct
 
 from services.mesh.context import Identity
 
@@ -40,8 +42,7 @@ class EngineChange(IntEnum):
     FAULT = 3
 
 
-@dataclass(frozen=True, slots=True)
-class Usage:
+class Usage(Struct, frozen=True):
     """Tokens, as the engine counted them."""
 
     prompt_tokens: int = 0
@@ -49,8 +50,7 @@ class Usage:
     cached_prompt_tokens: int = 0
 
 
-@dataclass(frozen=True, slots=True)
-class RequestFacts:
+class RequestFacts(Struct, frozen=True):
     """What is the same in a request's intent and its outcome. No text of the caller's."""
 
     request_id: str
@@ -62,19 +62,17 @@ class RequestFacts:
     model: str = ""
     trace_id: str = ""
     receive_time: datetime | None = None
-    labels: Mapping[str, str] = field(default_factory=dict)
+    labels: Mapping[str, str] = msgspec.field(default_factory=dict)
     """The caller's; at most 16."""
 
 
-@dataclass(frozen=True, slots=True)
-class RequestStarted:
+class RequestStarted(Struct, frozen=True):
     """A request's intent, written before its first byte."""
 
     facts: RequestFacts
 
 
-@dataclass(frozen=True, slots=True)
-class RequestEnded:
+class RequestEnded(Struct, frozen=True):
     """A request's outcome."""
 
     facts: RequestFacts
@@ -94,8 +92,7 @@ class RequestEnded:
     """The answer had been computed for an equal request; `usage` is of what was computed for this one."""
 
 
-@dataclass(frozen=True, slots=True)
-class AnonymousRejected:
+class AnonymousRejected(Struct, frozen=True):
     """How many requests without a valid credential were refused, from one source in one interval."""
 
     source_address: str
@@ -105,8 +102,7 @@ class AnonymousRejected:
     interval_end: datetime
 
 
-@dataclass(frozen=True, slots=True)
-class SpoolGap:
+class SpoolGap(Struct, frozen=True):
     """How many events could not be written since the spool was full or its disk failed."""
 
     dropped: int
@@ -115,8 +111,7 @@ class SpoolGap:
     last: datetime
 
 
-@dataclass(frozen=True, slots=True)
-class AdminChanged:
+class AdminChanged(Struct, frozen=True):
     """An administrator changed something."""
 
     identity: Identity
@@ -126,8 +121,7 @@ class AdminChanged:
     request_id: str
 
 
-@dataclass(frozen=True, slots=True)
-class EngineChanged:
+class EngineChanged(Struct, frozen=True):
     """Something happened to an engine."""
 
     kind: EngineChange

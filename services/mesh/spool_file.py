@@ -18,6 +18,8 @@ from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
 
+from msgspec import Struct
+
 from services.mesh import spool_rows, spool_schema
 from services.mesh.audit_protocol import HeldEpoch, Place
 from services.mesh.broker import Topic
@@ -37,8 +39,7 @@ class Gap:
         return bool(self.dropped or self.refused)
 
 
-@dataclass(frozen=True, slots=True)
-class Append:
+class Append(Struct, frozen=True):
     """An event to be written. At most one of `intent_of` and `outcome_of` is set, to a request's id."""
 
     body: bytes

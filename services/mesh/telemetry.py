@@ -8,13 +8,13 @@ of Kafka links to the span that it comes from, and does not nest under it.
 from __future__ import annotations
 
 import asyncio
+import re
 import sys
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 
 import prometheus_client
-from opentelemetry import context as otel_context
 from opentelemetry import metrics, propagate, trace
 from opentelemetry.context import Context
 from opentelemetry.exporter.prometheus import PrometheusMetricReader
@@ -23,21 +23,34 @@ from opentelemetry.sdk.metrics.export import MetricReader, PeriodicExportingMetr
 from opentelemetry.sdk.resources import Resource
 from opentelemetry.sdk.trace import TracerProvider
 from opentelemetry.sdk.trace.export import BatchSpanProcessor
-from opentelemetry.sdk.trace.id_generator import RandomIdGenerator
 from opentelemetry.sdk.trace.sampling import ALWAYS_OFF, ParentBased, TraceIdRatioBased
 from opentelemetry.trace import Link, Span, SpanKind, StatusCode
 
+from services.mesh import context as request_context
 from services.mesh.context import RequestContext
 from services.mesh.errors import Status
 from services.mesh.histograms import HISTOGRAMS
+from services.mesh.randomness import random_bytes
 from services.mesh.settings import ServiceSettings
 
-__all__ = ["NO_SPAN", "Span", "Telemetry", "consumer_span", "inject", "inject_kafka", "server_span"]
+__all__ = [
+    "NO_SPAN",
+    "Span",
+    "Telemetry",
+    "consumer_span",
+    "inject",
+    "inject_kafka",
+    "is_unseen",
+    "server_span",
+    "traceparent",
+]
 
 NO_SPAN = trace.INVALID_SPAN
 
 _tracer = trace.get_tracer("llmos")
-_ids = RandomIdGenerator()
+_UNSEEN = nullcontext(NO_SPAN)
+_TRACEPARENT = re.compile(r"00-(?!0{32})([0-9a-f]{32})-(?!0{16})[0-9a-f]{16}-[0-9a-f]{2}", re.ASCII)
+"""https://www.w3.org/TR/trace-context/, version 00."""
 _collected = True
 """Whether spans of this process go anywhere. `Telemetry` says so, as it sets the process's providers."""
 _meter = metrics.get_meter("llmos")
@@ -165,28 +178,16 @@ def server_span(
     context: RequestContext, metadata: Mapping[str, str | bytes], protocol: str
 ) -> AbstractContextManager[Span]:
     """A SERVER span, child of the caller's where `metadata` carries one. Fills `context.trace_id`."""
-    if not _collected and "traceparent" not in metadata:
-        return _Unseen(context)
-    return _seen(context, metadata, protocol)
-
-
-class _Unseen:
-    """A span that nobody would see; its trace id still joins the logs of all hops."""
-
-    __slots__ = ("_context", "_token")
-
-    def __init__(self, context: RequestContext) -> None:
-        self._context = context
-
-    def __enter__(self) -> Span:
-        trace_id = _ids.generate_trace_id()
-        self._context.trace_id = trace.format_trace_id(trace_id)
-        span = trace.NonRecordingSpan(trace.SpanContext(trace_id, _ids.generate_span_id(), is_remote=False))
-        self._token = otel_context.attach(trace.set_span_in_context(span))
-        return span
-
-    def __exit__(self, *ended: object) -> None:
-        otel_context.detach(self._token)
+    if _collected or "tracestate" in metadata:
+        return _seen(context, metadata, protocol)
+    # Nobody would see a span. The trace still joins the logs of all hops, and goes on as it came.
+    given = metadata.get("traceparent", "")
+    if isinstance(given, str) and (parsed := _TRACEPARENT.fullmatch(given)):
+        context.trace_id, context.traceparent = parsed[1], given
+    else:
+        ids = random_bytes(24).hex()
+        context.trace_id, context.traceparent = ids[:32], f"00-{ids[:32]}-{ids[32:]}-00"
+    return _UNSEEN
 
 
 @contextmanager
@@ -222,8 +223,17 @@ def call_ended(span: Span, method: str, protocol: str, status: Status, duration_
     call_duration.record(duration_s, (method, protocol, status.name))
 
 
+def is_unseen() -> bool:
+    """Whether nobody would see the spans of the request that this task serves."""
+    request = request_context.current()
+    return request is not None and bool(request.traceparent)
+
+
 def traceparent() -> str:
     """Where the current trace stands, as W3C's header has it; empty outside of one."""
+    request = request_context.current()
+    if request is not None and request.traceparent:
+        return request.traceparent
     context = trace.get_current_span().get_span_context()
     if not context.is_valid:
         return ""
@@ -232,6 +242,9 @@ def traceparent() -> str:
 
 def inject() -> list[tuple[str, str]]:
     """The current trace context as metadata for an outgoing call."""
+    request = request_context.current()
+    if request is not None and request.traceparent:
+        return [("traceparent", request.traceparent)]
     carrier: dict[str, str] = {}
     propagate.inject(carrier)
     return list(carrier.items())

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict
 from datetime import UTC, datetime
 from pathlib import Path
 
+import msgspec
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
@@ -195,7 +195,7 @@ def test_bodies_put_together_are_messages_filled_in(event: RequestEnded) -> None
         outcome=int(event.outcome),  # type: ignore[arg-type]
         error_reason=event_codec.REASONS.get(event.error_reason, 0),  # type: ignore[arg-type]
         status_code=event.status_code,
-        usage=usage_pb2.Usage(**asdict(event.usage)),
+        usage=usage_pb2.Usage(**msgspec.structs.asdict(event.usage)),
         finish_reasons=event.finish_reasons,  # type: ignore[arg-type]
         replica=event.replica,
         model_revision=event.model_revision,

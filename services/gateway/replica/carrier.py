@@ -11,8 +11,9 @@ import logging
 from collections import deque
 from collections.abc import AsyncIterator, Mapping, Sequence
 from contextvars import Context
-from dataclasses import dataclass
 from typing import Generic, Protocol, TypeVar
+
+from msgspec import Struct
 
 from services.mesh.clock import Clock
 from services.mesh.errors import DeadlineExceeded, LlmosError, ReplicaLost
@@ -34,8 +35,7 @@ _FRAME_BYTES = 128
 """Of a call, besides its request and its metadata."""
 
 
-@dataclass(frozen=True, slots=True)
-class CarriedCall:
+class CarriedCall(Struct, frozen=True):
     """A call that begins."""
 
     number: int
@@ -47,8 +47,7 @@ class CarriedCall:
     """In a message, at most."""
 
 
-@dataclass(frozen=True, slots=True)
-class Said(Generic[Answer_co]):
+class Said(Struct, Generic[Answer_co], frozen=True):
     """A message of the replica."""
 
     answers: Sequence[tuple[int, Answer_co | LlmosError]]

@@ -6,6 +6,7 @@ import asyncio
 from dataclasses import replace
 
 import pytest
+from msgspec import structs
 
 from services.gateway.generation import (
     Delta,
@@ -77,7 +78,7 @@ async def test_a_hit_needs_no_permit() -> None:
         assert (await asked(bench).run()).status == "hit"
 
 
-@pytest.mark.parametrize("sampling", [SAMPLED, replace(SAMPLED, temperature=0.7)])
+@pytest.mark.parametrize("sampling", [SAMPLED, structs.replace(SAMPLED, temperature=0.7)])
 async def test_what_may_come_out_otherwise_passes_the_cache_by(sampling: Sampling) -> None:
     bench = bench_of()
     for _ in range(2):
@@ -87,8 +88,8 @@ async def test_what_may_come_out_otherwise_passes_the_cache_by(sampling: Samplin
 
 async def test_a_greedy_request_hits_whatever_seed_was_assigned_and_names_its_own() -> None:
     bench = bench_of()
-    await asked(bench, sampling=replace(SAMPLED, temperature=0)).run()
-    second = await asked(bench, sampling=replace(SAMPLED, temperature=0, seed=43)).run()
+    await asked(bench, sampling=structs.replace(SAMPLED, temperature=0)).run()
+    second = await asked(bench, sampling=structs.replace(SAMPLED, temperature=0, seed=43)).run()
     assert second.status == "hit"
     assert isinstance(second.events[0], Started)
     assert second.events[0].seed == 43
@@ -163,9 +164,9 @@ async def test_an_answer_of_another_revision_or_other_numerics_is_not_served() -
     await asked(bench).run()
     replica = bench.router._replicas[0]  # what a probe that finds another model there would write
     for model, status in (
-        (replace(MODEL, numerics_id="bf16"), "hit"),
-        (replace(MODEL, numerics_id="int8"), "miss"),
-        (replace(MODEL, revision="rev-2"), "miss"),
+        (structs.replace(MODEL, numerics_id="bf16"), "hit"),
+        (structs.replace(MODEL, numerics_id="int8"), "miss"),
+        (structs.replace(MODEL, revision="rev-2"), "miss"),
         (MODEL, "hit"),
     ):
         replica.models[MODEL.id] = model

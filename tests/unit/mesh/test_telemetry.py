@@ -9,6 +9,12 @@ import sys
 import urllib.request
 from pathlib import Path
 
+import pytest
+from opentelemetry import trace
+
+from services.mesh import context as request_context
+from services.mesh import telemetry
+from services.mesh.context import RequestContext
 from tests.framework.otlp import TraceReceiver
 
 SCRIPT = """
@@ -68,3 +74,41 @@ async def test_spans_nest_over_grpc_and_link_over_kafka(tmp_path: Path) -> None:
     assert served.attributes["llmos.request_id"] == "req_1"
     assert consumed.trace_id != served.trace_id
     assert consumed.linked_trace_ids == (served.trace_id,)
+
+
+GIVEN = "00-" + "ab" * 16 + "-" + "cd" * 8 + "-01"
+
+
+@pytest.mark.parametrize(
+    ("metadata", "goes_on"),
+    [
+        ({}, False),
+        ({"traceparent": GIVEN}, True),
+        ({"traceparent": "00-" + "00" * 16 + "-" + "cd" * 8 + "-01"}, False),
+        ({"traceparent": "00-rubbish"}, False),
+        ({"traceparent": GIVEN, "tracestate": "vendor=1"}, True),
+    ],
+    ids=["none", "given", "zeros", "broken", "with a state"],
+)
+def test_where_nobody_collects_spans_a_trace_goes_on_all_the_same(
+    metadata: dict[str, str | bytes], goes_on: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(telemetry, "_collected", False)
+    context = RequestContext("req_1", "/test.Service/Unary")
+    token = request_context.enter(context)
+    try:
+        with telemetry.server_span(context, metadata, "grpc") as span:
+            assert not span.is_recording()
+            sent = dict(telemetry.inject())
+            appended = telemetry.traceparent()
+    finally:
+        request_context.leave(token)
+    if goes_on:
+        assert context.trace_id == "ab" * 16
+        assert sent["traceparent"].split("-")[1] == context.trace_id
+        assert sent.get("tracestate") == metadata.get("tracestate")
+    else:
+        assert re.fullmatch(f"00-{context.trace_id}-[0-9a-f]{{16}}-00", context.traceparent)
+        assert sent == {"traceparent": context.traceparent}
+    assert appended == sent.get("traceparent", "")
+    assert not trace.get_current_span().get_span_context().is_valid, "it has ended"

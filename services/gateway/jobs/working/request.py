@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
 
 from google.protobuf.message import DecodeError
 from llmos.gateway.v1 import generation_service_pb2, job_service_pb2
 from llmos.jobs.v1 import payload_pb2
+from msgspec.structs import replace
 
 from services.gateway.generation import Generation
 from services.gateway.jobs.working.ports import WebhookTarget, Work
