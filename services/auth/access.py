@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import replace
 from enum import Enum, auto
+
+from msgspec import structs
 
 from services.auth.administration.callers import administrator
 from services.auth.store import Store
@@ -103,4 +104,4 @@ class AccessControl:
             raise ScopeMissing(decision.explanation, metadata={"scope": decision.missing_scope})
         if not decision.allowed:
             raise PolicyDenied(decision.explanation)
-        return replace(identity, scopes=engine.allowed_scopes(identity, facts))
+        return structs.replace(identity, scopes=engine.allowed_scopes(identity, facts))

@@ -7,8 +7,9 @@ model, the number of tokens, the task or the labels; the use case asks again whe
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import replace
 from typing import Protocol
+
+from msgspec import structs
 
 from services.mesh.actions import ACTIONS, OPEN_METHODS
 from services.mesh.clock import Clock
@@ -47,7 +48,9 @@ class Authorisation:
             if ACTIONS[context.method].by_scopes:
                 facts = Facts(self._clock.now(), context.source_address)
                 scopes = self._policy.engine.allowed_scopes(context.identity, facts)
-                context.caller = replace(context.caller, identity=replace(context.identity, scopes=scopes))
+                context.caller = structs.replace(
+                    context.caller, identity=structs.replace(context.identity, scopes=scopes)
+                )
         await rest()
 
     def decide_request(

@@ -89,14 +89,14 @@ class KeyRing:
     async def identity(self, api_key: str) -> Identity:
         """Whom the key stands for. Raises one of the UNAUTHENTICATED errors, or DependencyUnavailable where
         the key is not known here and auth cannot be asked."""
-        if not is_well_formed(api_key):
+        digest = hashlib.sha256(api_key.encode("utf-8", "surrogatepass")).digest()
+        revoked: CredentialRevoked | None = None
+        known = self._known.get(digest)
+        if known is None and not is_well_formed(api_key):
             raise CredentialInvalid(
                 "The API key is malformed.",
                 hint="Compare it with the original: a character is missing or wrong.",
             )
-        digest = hashlib.sha256(api_key.encode("ascii")).digest()
-        revoked: CredentialRevoked | None = None
-        known = self._known.get(digest)
         if known is not None:
             try:
                 verified = await self._verifier.verify(known)

@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 from contextvars import ContextVar, Token
-from dataclasses import dataclass, field
 from datetime import datetime
+
+import msgspec
+from msgspec import Struct
 
 from services.mesh.errors import Internal, ScopeMissing
 from services.mesh.policy import Network
 
 
-@dataclass(frozen=True, slots=True)
-class Identity:
+class Identity(Struct, frozen=True):
     """Who a request is made for."""
 
     tenant_id: str
@@ -44,8 +45,7 @@ class Identity:
             )
 
 
-@dataclass(frozen=True, slots=True)
-class Caller:
+class Caller(Struct, frozen=True):
     """What an authenticator found out."""
 
     identity: Identity | None = None
@@ -56,8 +56,7 @@ class Caller:
     """When the credential expires; None where that is not known here."""
 
 
-@dataclass(slots=True)
-class RequestContext:
+class RequestContext(Struct):
     """One request on its way through this process. The chain of interceptors fills it."""
 
     request_id: str
@@ -72,7 +71,7 @@ class RequestContext:
     traceparent: str = ""
     """The trace as W3C's header has it, where nobody collects this process's spans; else the span in force
     tells."""
-    response_metadata: dict[str, str] = field(default_factory=dict)
+    response_metadata: dict[str, str] = msgspec.field(default_factory=dict)
     """What the answer says of itself beside its content, errors too: names in lower case, values in ASCII.
     Headers on HTTP, until the answer begins; trailing metadata on gRPC, until it ends."""
     has_own_deadline: bool = False

@@ -286,6 +286,7 @@ _STARTED, _ENDED = _tag(events_pb2.AuditRecorded, "started"), _tag(events_pb2.Au
 _FACTS, _USAGE = _tag(events_pb2.RequestEnded, "facts"), _tag(events_pb2.RequestEnded, "usage")
 _END_TIME = _tag(events_pb2.RequestEnded, "end_time")
 _FIRST_TOKEN = _tag(events_pb2.RequestEnded, "time_to_first_token")
+_NANOS = _varint(Timestamp.DESCRIPTOR.fields_by_name["nanos"].number << 3)
 _RECEIVE_TIME = _tag(events_pb2.RequestFacts, "receive_time")
 
 
@@ -297,10 +298,13 @@ def _part(tag: bytes, value: bytes) -> bytes:
 
 def _seconds(seconds: int, nanos: int) -> bytes:
     """A Timestamp, or a Duration, which is written in the same way."""
-    stamp = Timestamp()  # names in the call would cost as much as all of this
-    stamp.seconds = seconds
-    stamp.nanos = nanos
-    return stamp.SerializeToString()
+    return _second(seconds) + _NANOS + _varint(nanos) if nanos else _second(seconds)
+
+
+@lru_cache(maxsize=16)
+def _second(seconds: int) -> bytes:
+    """The same for all that happens in it."""
+    return Timestamp(seconds=seconds).SerializeToString()
 
 
 def _time(time: datetime) -> bytes:

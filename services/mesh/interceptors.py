@@ -20,9 +20,10 @@ import asyncio
 import logging
 import string
 from collections.abc import Awaitable, Callable, Mapping, Set
-from dataclasses import dataclass, field
 from functools import partial
 from types import MappingProxyType
+
+from msgspec import Struct
 
 from services.mesh import context as request_context
 from services.mesh import errors, telemetry
@@ -48,8 +49,7 @@ DEADLINE_MARGIN_S = 0.01
 _ID_ALPHABET = frozenset(string.ascii_letters + string.digits + "-_")
 
 
-@dataclass(slots=True)
-class Call:
+class Call(Struct):
     """One call on its way through the chain."""
 
     context: RequestContext
@@ -58,7 +58,7 @@ class Call:
     time_remaining_s: float | None = None
     """What the caller allows; None where it set no deadline."""
     protocol: str = "grpc"
-    span: telemetry.Span = field(default=telemetry.NO_SPAN)
+    span: telemetry.Span = telemetry.NO_SPAN
 
 
 Rest = Callable[[], Awaitable[None]]

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import asyncio
-from dataclasses import replace
 from datetime import timedelta
 from pathlib import Path
 
 import pytest
+from msgspec import structs
 
 from services.gateway.generation import Delta, EngineStarted
 from services.mesh.errors import CredentialRevoked
@@ -103,6 +103,6 @@ async def test_r23_a_new_token_of_a_client_that_is_let_in_again_is_not_cut() -> 
     bench = Bench([FakeReplica()])
     now_s = int(bench.clock.now().timestamp())
     revoke(bench, RevocationKind.CLIENT, ALICE.client_id, cut_streams=True)
-    bench.revoked.check_identity(replace(ALICE, issued_at_s=now_s + 1))
+    bench.revoked.check_identity(structs.replace(ALICE, issued_at_s=now_s + 1))
     with pytest.raises(CredentialRevoked):
-        bench.revoked.check_identity(replace(ALICE, issued_at_s=now_s - 1))
+        bench.revoked.check_identity(structs.replace(ALICE, issued_at_s=now_s - 1))

@@ -12,6 +12,7 @@ from typing import Any
 
 from llmos.gateway.v1 import generation_pb2, job_service_pb2
 from llmos.jobs.v1 import payload_pb2
+from msgspec import structs
 
 from services.gateway.jobs.ports import Report, ScheduledJob, SchedulePort
 from services.gateway.jobs.seals import PayloadSeals
@@ -53,7 +54,7 @@ class FakeRenewals:
         if (error := self.refused.get(identity.client_id)) is not None:
             raise error
         name = f"key-of-{len(self.asked)}"
-        self.auth.keys[name] = replace(identity, token_id=f"renewed-{len(self.asked)}")
+        self.auth.keys[name] = structs.replace(identity, token_id=f"renewed-{len(self.asked)}")
         return await self.auth.exchange(name)
 
 

@@ -6,6 +6,8 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from datetime import datetime
 
+from msgspec import structs
+
 from services.auth.administration.authority import Administrator
 from services.auth.administration.world import projects_of
 from services.auth.store import ApiKey, Kind, Store
@@ -38,7 +40,7 @@ async def administrator(
         if key.expires_at is not None and key.expires_at <= now:
             raise CredentialExpired("The API key has expired.")
         if key.scopes:
-            identity = replace(identity, scopes=identity.scopes & key.scopes)
+            identity = structs.replace(identity, scopes=identity.scopes & key.scopes)
         is_limited = bool(key.models)
     _, document = await store.policy()
     roles = {role.role_id: role for role in document.roles}

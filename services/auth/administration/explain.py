@@ -3,7 +3,7 @@ that decides real ones."""
 
 from __future__ import annotations
 
-from dataclasses import replace
+from msgspec import structs
 
 from services.auth.administration.authority import reach, roles_of
 from services.auth.administration.callers import By, administrator
@@ -78,7 +78,7 @@ def identity_of(owned: Owned, key: ApiKey | None, roles: dict[str, Role]) -> Ide
     if key is None:
         return identity
     held = scopes & (key.scopes or scopes)
-    return replace(
+    return structs.replace(
         identity,
         key_id=key.key_id,
         scopes=held,

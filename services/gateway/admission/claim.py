@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from msgspec import Struct
 
 from services.gateway.generation import Priority
 
 
-@dataclass(slots=True)
-class Claim:
-    """One request, as far as admission is concerned. Not frozen only because that costs time."""
+class Claim(Struct, frozen=True):
+    """One request, as far as admission is concerned."""
 
     model: str
     tenant_id: str

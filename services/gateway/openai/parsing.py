@@ -100,7 +100,8 @@ def refuse(field: str, description: str) -> RequestInvalid:
 def unoffered(given: Struct, fields: Harmless, path: str = "") -> Iterable[str]:
     """Those of `fields` that ask for something."""
     for name, harmless in fields.items():
-        if asks(getattr(given, name), harmless):
+        value = getattr(given, name)
+        if value is not UNSET and asks(value, harmless):
             yield path + name
 
 

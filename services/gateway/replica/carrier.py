@@ -11,7 +11,7 @@ import logging
 from collections import deque
 from collections.abc import AsyncIterator, Mapping, Sequence
 from contextvars import Context
-from typing import Generic, Protocol, TypeVar
+from typing import Any, Generic, Protocol, TypeVar
 
 from msgspec import Struct
 
@@ -112,17 +112,17 @@ class Carrier(Generic[Answer]):
             return None
         self._number = number = self._number + 1
         call = CarriedCall(number, request, metadata, timeout_s, size_bytes)
-        waiting = self._waiting[number] = asyncio.get_running_loop().create_future()
+        loop = asyncio.get_running_loop()
+        waiting: asyncio.Future[Answer | LlmosError] = loop.create_future()
+        self._waiting[number] = waiting
         self._unsent.append(call)
         self._news.set()
+        # The replica says so first, if it can still say anything.
+        expiry = loop.call_later(timeout_s, _expire, waiting)
         try:
-            async with asyncio.timeout(timeout_s) as timeout:
-                answer: Answer | LlmosError = await waiting
-        except TimeoutError as error:
-            if not timeout.expired():
-                raise
-            raise DeadlineExceeded("The deadline passed before the answer was complete.") from error
+            answer = await waiting
         finally:
+            expiry.cancel()
             if self._waiting.pop(number, None) is not None:
                 self._give_up(call)
         if isinstance(answer, LlmosError):
@@ -200,6 +200,11 @@ class Carrier(Generic[Answer]):
                 break
             calls.append(self._unsent.popleft())
         return calls
+
+
+def _expire(waiting: asyncio.Future[Any]) -> None:
+    if not waiting.done():
+        waiting.set_result(DeadlineExceeded("The deadline passed before the answer was complete."))
 
 
 class Carriers(Generic[Answer]):

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
 from datetime import timedelta
 from typing import TYPE_CHECKING, Any
 
 import pytest
+from msgspec import structs
 
 from services.auth.administration.callers import By
 from services.auth.administration.explain import Explanation, identity_of
@@ -62,7 +62,7 @@ async def test_it_is_the_identity_of_a_token(
     _, document = await office.store.policy()
     by_id = {role.role_id: role for role in document.roles}
     said = identity_of(found[1], found[0], by_id)
-    assert replace(token, token_id="", issued_at_s=0) == said
+    assert structs.replace(token, token_id="", issued_at_s=0) == said
 
 
 async def test_says_which_rule_decides(office: Auth) -> None:

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
 from datetime import timedelta
 from ipaddress import ip_network
 from typing import TYPE_CHECKING, Any
 
 import pytest
+from msgspec import structs
 
 from services.auth.administration.revoking import revocation
 from services.auth.store import Batch, Client, Delete, Kind, NewRevocation
@@ -49,7 +49,7 @@ async def test_a_day_later_it_acts_with_a_new_token(auth: Auth, by_key: Identity
     signed = await auth.renewal.renew(by_key)
     verified = await auth.verify(signed.token)
     assert verified.identity() == signed.identity
-    assert signed.identity == replace(
+    assert signed.identity == structs.replace(
         by_key, token_id=verified.token_id, issued_at_s=int(auth.clock.now().timestamp())
     )
     assert signed.expires_at == auth.clock.now() + timedelta(seconds=300)
@@ -57,9 +57,9 @@ async def test_a_day_later_it_acts_with_a_new_token(auth: Auth, by_key: Identity
 
 async def test_no_scope_comes_back_that_the_identity_had_not(auth: Auth, by_key: Identity) -> None:
     await auth.change(Kind.CLIENT, "app", scopes=frozenset(SCOPES))
-    signed = await auth.renewal.renew(replace(by_key, scopes=frozenset({"generate"})))
+    signed = await auth.renewal.renew(structs.replace(by_key, scopes=frozenset({"generate"})))
     assert signed.scopes == {"generate"}
-    signed = await auth.renewal.renew(replace(by_key, scopes=frozenset()))
+    signed = await auth.renewal.renew(structs.replace(by_key, scopes=frozenset()))
     assert signed.scopes == frozenset()
 
 
@@ -68,7 +68,7 @@ async def test_roles_and_limits_are_those_of_today(auth: Auth, by_key: Identity)
     await auth.change(Kind.CLIENT, "app", scopes=frozenset({"models.read"}), roles=frozenset({"reader"}))
     limits: dict[str, Any] = {"models": ("small-*",), "addresses": (ip_network("10.0.0.0/8"),)}
     await auth.change(Kind.API_KEY, "key_0", **limits)
-    identity = (await auth.renewal.renew(replace(by_key, scopes=frozenset(SCOPES)))).identity
+    identity = (await auth.renewal.renew(structs.replace(by_key, scopes=frozenset(SCOPES)))).identity
     assert identity is not None
     assert identity.scopes == {"models.read", "audit.read"}
     assert identity.direct_scopes == {"models.read"}
@@ -136,7 +136,7 @@ async def test_what_was_proven_before_a_revocation_is_refused(
     await revoke(auth, kind, subject_id)
     with pytest.raises(CredentialRevoked):
         await auth.renewal.renew(by_key)
-    await auth.renewal.renew(replace(by_key, issued_at_s=int(auth.clock.now().timestamp()) + 1))
+    await auth.renewal.renew(structs.replace(by_key, issued_at_s=int(auth.clock.now().timestamp()) + 1))
 
 
 async def test_a_token_that_was_revoked(auth: Auth) -> None:
@@ -147,7 +147,7 @@ async def test_a_token_that_was_revoked(auth: Auth) -> None:
     await auth.store.commit(Batch(auth.clock.now(), "acme/app", revocations=[news]))
     with pytest.raises(CredentialRevoked):
         await auth.renewal.renew(identity)
-    await auth.renewal.renew(replace(identity, token_id="another"))
+    await auth.renewal.renew(structs.replace(identity, token_id="another"))
 
 
 @pytest.mark.parametrize(
@@ -159,7 +159,7 @@ async def test_r22_nobody_takes_what_is_anothers(
     """A stored identity that mixes two clients, or names a service, gets nothing."""
     await auth.put(Client("other", "acme", scopes=frozenset({"admin"})))
     with pytest.raises(CredentialInvalid):
-        await auth.renewal.renew(replace(by_key, scopes=frozenset({"admin"}), **change))  # type: ignore[arg-type]
+        await auth.renewal.renew(structs.replace(by_key, scopes=frozenset({"admin"}), **change))  # type: ignore[arg-type]
 
 
 async def test_refusals_are_of_the_credential(auth: Auth, by_key: Identity) -> None:

@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 from llmos.jobs.v1 import payload_pb2
+from msgspec import structs
 
 from services.gateway.jobs.ports import Failed, JobClaim, Postponed, Report, ScheduledJob, Succeeded
 from services.gateway.jobs.seals import NoSeals
@@ -72,12 +73,14 @@ async def test_it_acts_with_what_auth_says_today() -> None:
     assert isinstance(report, Failed)
     assert (report.error_reason, report.retryable) == ("SCOPE_MISSING", False)
     assert bench.bench.replicas[0].requests == []
-    assert bench.bench.audit.ended[0].facts.identity == replace(ALICE, scopes=frozenset({"models.read"}))
+    assert bench.bench.audit.ended[0].facts.identity == structs.replace(
+        ALICE, scopes=frozenset({"models.read"})
+    )
 
 
 def narrowed(bench: JobBench) -> Callable[[Any], Awaitable[str]]:
     async def renew(identity: Any) -> str:
-        bench.auth.keys["k"] = replace(identity, scopes=frozenset({"models.read"}))
+        bench.auth.keys["k"] = structs.replace(identity, scopes=frozenset({"models.read"}))
         return await bench.auth.exchange("k")
 
     return renew
@@ -132,8 +135,8 @@ def report_reason(report: Report) -> str:
     [
         {"job_id": "job_2"},
         {"method": "/llmos.gateway.v1.GenerationService/StreamGenerate"},
-        {"identity": replace(ALICE, client_id="mallory")},
-        {"identity": replace(ALICE, tenant_id="other")},
+        {"identity": structs.replace(ALICE, client_id="mallory")},
+        {"identity": structs.replace(ALICE, tenant_id="other")},
     ],
 )
 async def test_r22_what_was_not_sealed_for_this_job_and_identity_is_sent_nowhere(
@@ -174,7 +177,7 @@ async def test_what_this_version_does_not_serve_ends_it_on_record() -> None:
 
 async def test_rules_about_addresses_hold_for_where_it_was_submitted() -> None:
     bench = job_bench()
-    identity = replace(ALICE, addresses=(ip_network("10.0.0.0/8"),))
+    identity = structs.replace(ALICE, addresses=(ip_network("10.0.0.0/8"),))
     inside = sealed_job(bench.seals, bench.bench.clock, identity=identity, source_address="10.1.1.1")
     outside = sealed_job(bench.seals, bench.bench.clock, identity=identity, source_address="192.0.2.1")
     assert isinstance(await run(bench, inside), Succeeded)

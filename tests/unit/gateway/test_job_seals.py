@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from msgspec import structs
 
 from services.gateway.jobs.ports import Seals
 from services.gateway.jobs.seals import KEY_BYTES, MAX_KEYS, NoSeals, PayloadSeals, load
@@ -76,11 +77,11 @@ def test_each_thing_that_it_is_bound_to_counts() -> None:
         replace(job, job_id="x"),
         replace(job, method="x"),
         replace(job, kind=JobKind.WEBHOOK),
-        replace(job, identity=replace(alice, tenant_id="x")),
-        replace(job, identity=replace(alice, client_id="x")),
-        replace(job, identity=replace(alice, key_id="x")),
+        replace(job, identity=structs.replace(alice, tenant_id="x")),
+        replace(job, identity=structs.replace(alice, client_id="x")),
+        replace(job, identity=structs.replace(alice, key_id="x")),
         # The same letters, cut elsewhere.
-        replace(job, identity=replace(alice, client_id="alicekey_1", key_id="")),
+        replace(job, identity=structs.replace(alice, client_id="alicekey_1", key_id="")),
     ]
     for other in others:
         with pytest.raises(DataCorrupt):

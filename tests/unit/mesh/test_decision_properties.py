@@ -10,6 +10,7 @@ from zoneinfo import ZoneInfo
 
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from msgspec import structs
 
 from services.mesh.actions import Action
 from services.mesh.context import Identity
@@ -255,7 +256,7 @@ def test_a_credential_never_gets_more_than_its_scopes(
     decision = PolicyEngine(document).decide(identity, action, known)
     if action.scopes and not identity.scopes.intersection(action.scopes):
         assert not decision.allowed
-    fewer = replace(identity, scopes=frozenset())
+    fewer = structs.replace(identity, scopes=frozenset())
     assert not action.scopes or not PolicyEngine(document).decide(fewer, action, known).allowed
 
 
