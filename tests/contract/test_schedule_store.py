@@ -6,6 +6,7 @@ from dataclasses import replace
 from datetime import timedelta
 
 import pytest
+from msgspec import structs
 
 from services.logging.schedule.job import (
     CancelledByTenant,
@@ -191,7 +192,7 @@ async def test_a_group_that_is_always_added_to_does_not_hold_up_the_others(
 
 
 async def test_tenants_take_turns_by_how_many_of_theirs_run(schedule: ScheduleStore) -> None:
-    third = replace(TENANT, tenant_id="tenant-c")
+    third = structs.replace(TENANT, tenant_id="tenant-c")
     await schedule.accept(
         [requested(f"a{n}") for n in range(6)]
         + [requested(f"b{n}", identity=OTHER) for n in range(6)]
