@@ -66,13 +66,11 @@ class Carrier(Generic[Answer]):
         self._ended = False
         self._failed: LlmosError | None = None
 
-    @property
-    def says_retired(self) -> bool:
-        """Once: whether the caller is to be told that no more calls are taken."""
-        if self._retired and not self._said_retired:
-            self._said_retired = True
-            return True
-        return False
+    def take_retired(self) -> bool:
+        """Whether the caller is to be told that no more calls are taken: once."""
+        is_due = self._retired and not self._said_retired
+        self._said_retired = self._retired
+        return is_due
 
     def begin(self, carried: Carried, serve: Callable[[], Awaitable[tuple[Answer, int]]]) -> None:
         """Serves a call in the chain; `serve` gives its answer, and how long that is in bytes. Raises
@@ -132,7 +130,7 @@ class Carrier(Generic[Answer]):
         self._news.set()
 
     async def take(self) -> list[Answered[Answer]] | None:
-        """What is to be said now: answers, or none where there is only that it `says_retired`. None when all
+        """What is to be said now: answers, or none where there is only `take_retired`. None when all
         has been said. Raises what `no_more` was told."""
         while True:
             if self._failed is not None:

@@ -167,7 +167,7 @@ class InferenceServicer(inference_service_pb2_grpc.InferenceServiceServicer):
         try:
             yield inference_service_pb2.GenerateManyResponse(max_request_bytes=self._max_request_bytes)
             while (answers := await carrier.take()) is not None:
-                yield requests.many_message(answers, retired=carrier.says_retired)
+                yield requests.many_message(answers, retired=carrier.take_retired())
         finally:
             for task in beside:
                 task.cancel()
