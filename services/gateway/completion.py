@@ -16,7 +16,7 @@ from services.gateway.admission.permits import Admission, Permit
 from services.gateway.auditing import RequestRecord
 from services.gateway.authorisation import Authorisation
 from services.gateway.cache.answers import AnswerCache
-from services.gateway.folding import Fold
+from services.gateway.folding import Fold, folded
 from services.gateway.generation import (
     Delta,
     EngineStarted,
@@ -28,10 +28,11 @@ from services.gateway.generation import (
     Usage,
     ValidGeneration,
     ValidPrompt,
+    WholeAnswer,
 )
 from services.gateway.limits.guard import Limits, Ticket
 from services.gateway.routing import Replica, Router
-from services.gateway.telemetry import Instruments
+from services.gateway.telemetry import Instruments, Measured
 from services.mesh.clock import Clock
 from services.mesh.errors import (
     DataCorrupt,
@@ -54,6 +55,8 @@ class _Progress:
 
     ticket: Ticket
     permit: Permit
+    measured: Measured
+    attempts: int = 1
     engine: EngineStarted | None = None
     replica: str = ""
     sent_s: float = 0.0
@@ -99,23 +102,38 @@ class Completions:
         self._clock = clock
         self._instruments = instruments
 
-    async def stream(
-        self, record: RequestRecord, request: ValidGeneration, *, whole: bool = False
-    ) -> AsyncGenerator[Event, None]:
+    async def stream(self, record: RequestRecord, request: ValidGeneration) -> AsyncGenerator[Event, None]:
         """Started, then Delta and Moved, then Finished. Closing the generator ends the work at the replica.
-        `whole`: nobody reads along.
 
         Raises LlmosError: of policy, limits and routing before Started; ReplicaLost, DataCorrupt or what the
         replica raised also later.
         """
         ticket = await self._reserved(record, request)
         try:
-            async with aclosing(self._answer(record, request, ticket, whole)) as events:
+            events = self._generated(record, request, ticket)
+            if not self._cache.passes(record, request):
+                events = self._cache.stream(record, request, events, whole=False)
+            async with aclosing(events):
                 async for event in events:
                     yield event
         finally:
-            # What an engine did is settled there; an answer from the cache is a request without tokens.
-            ticket.settle(Usage() if record.has_begun else None)
+            _end(record, ticket)
+
+    async def generate(self, record: RequestRecord, request: ValidGeneration) -> Generation:
+        """The whole answer, which nobody reads along. Raises as `stream` does."""
+        ticket = await self._reserved(record, request)
+        try:
+            if self._cache.passes(record, request):
+                started, answer = await self._generated_whole(record, request, ticket)
+                return folded(started, answer.deltas, answer.finished)
+            fold = Fold(request.n)
+            events = self._events_of_whole(record, request, ticket)
+            async with aclosing(self._cache.stream(record, request, events, whole=True)) as stream:
+                async for event in stream:
+                    fold.add(event)
+            return fold.result()
+        finally:
+            _end(record, ticket)
 
     async def _reserved(self, record: RequestRecord, request: ValidGeneration) -> Ticket:
         """Passes policy and limits."""
@@ -132,15 +150,6 @@ class Completions:
         self._check_deadline(record)
         return await self._limits.reserve(record, request)
 
-    def _answer(
-        self, record: RequestRecord, request: ValidGeneration, ticket: Ticket, whole: bool
-    ) -> AsyncGenerator[Event, None]:
-        """What the cache has or an engine generates. Raises NotCached."""
-        events = self._generated(record, request, ticket, whole)
-        if self._cache.passes(record, request):
-            return events
-        return self._cache.stream(record, request, events, whole=whole)
-
     def _check_deadline(self, record: RequestRecord) -> None:
         if self._require_deadline and not record.has_own_deadline:
             raise RequestInvalid(
@@ -149,22 +158,16 @@ class Completions:
             )
 
     async def _generated(
-        self, record: RequestRecord, request: ValidGeneration, ticket: Ticket, whole: bool
+        self, record: RequestRecord, request: ValidGeneration, ticket: Ticket
     ) -> AsyncGenerator[Event, None]:
         """The answer of an engine. Another replica takes over only before the first event."""
         with self._instruments.generation(request, record) as measured:
             async with self._admission.permit(self._claim(record, request)) as permit:
-                measured.waited(permit.waited_s)
-                progress = _Progress(ticket, permit)
-                if not record.has_begun:
-                    # A replica takes longer than the disk, and one write does for all that begin meanwhile.
-                    record.begin(urgent=self._admission.running <= 1)
-                attempts = 1
+                progress = self._begin(record, ticket, permit, measured)
                 try:
                     while True:
-                        replica = await self._router.choose(request.model)
-                        progress.replica, progress.sent_s = replica.name, self._clock.monotonic()
-                        events = replica.port.generate(record.request_id, request, whole=whole)
+                        replica = await self._chosen(request.model, progress)
+                        events = replica.port.generate(record.request_id, request)
                         try:
                             with replica.lease():
                                 async with aclosing(events):
@@ -180,29 +183,43 @@ class Completions:
                                             return
                             raise ReplicaLost("The replica ended the stream before the answer was complete.")
                         except LlmosError as error:
-                            if progress.engine is not None:
-                                if isinstance(error, ReplicaLost):
-                                    self._router.lost(replica)
-                                raise
-                            self._give_up_or_move(replica, error, attempts)
-                            attempts += 1
+                            self._give_up_or_move(replica, error, progress)
                 finally:
                     self._settle(record, progress)
-                    usage, engine = progress.usage(), progress.engine
-                    measured.settle(usage, progress.finished, engine, progress.first_token_s)
-                    ticket.settle(usage if engine else None)
 
-    async def generate(self, record: RequestRecord, request: ValidGeneration) -> Generation:
-        """The whole answer. Raises as `stream` does."""
-        ticket = await self._reserved(record, request)
-        try:
-            folded = Fold(request.n)
-            async with aclosing(self._answer(record, request, ticket, True)) as events:
-                async for event in events:
-                    folded.add(event)
-            return folded.result()
-        finally:
-            ticket.settle(Usage() if record.has_begun else None)
+    async def _generated_whole(
+        self, record: RequestRecord, request: ValidGeneration, ticket: Ticket
+    ) -> tuple[Started, WholeAnswer]:
+        """As `_generated`, in one piece."""
+        with self._instruments.generation(request, record) as measured:
+            async with self._admission.permit(self._claim(record, request)) as permit:
+                progress = self._begin(record, ticket, permit, measured)
+                try:
+                    while True:
+                        replica = await self._chosen(request.model, progress)
+                        try:
+                            with replica.lease():
+                                answer = await replica.port.generate_whole(record.request_id, request)
+                            break
+                        except LlmosError as error:
+                            self._give_up_or_move(replica, error, progress)
+                    started = await self._begun(answer.started, record, request, progress)
+                    for delta in answer.deltas:
+                        self._check(delta, record, request, progress)
+                    self._finish(answer.finished, record, request, progress)
+                    return started, answer
+                finally:
+                    self._settle(record, progress)
+
+    async def _events_of_whole(
+        self, record: RequestRecord, request: ValidGeneration, ticket: Ticket
+    ) -> AsyncGenerator[Event, None]:
+        """`_generated_whole` for the cache, which may have no use for it."""
+        started, answer = await self._generated_whole(record, request, ticket)
+        yield started
+        for delta in answer.deltas:
+            yield delta
+        yield answer.finished
 
     async def count_tokens(self, record: RequestRecord, request: ValidPrompt) -> TokenCount:
         """Raises ScopeMissing, PolicyDenied, ModelNotFound, NoReplica, ReplicaLost, or what the replica
@@ -225,7 +242,7 @@ class Completions:
                 with replica.lease():
                     count = await replica.port.count_tokens(request)
             except LlmosError as error:
-                self._give_up_or_move(replica, error, attempts)
+                self._move(replica, error, attempts)
                 attempts += 1
             else:
                 await record.committed()
@@ -244,7 +261,30 @@ class Completions:
             priority=request.priority,
         )
 
-    def _give_up_or_move(self, replica: Replica, error: LlmosError, attempts: int) -> None:
+    def _begin(self, record: RequestRecord, ticket: Ticket, permit: Permit, measured: Measured) -> _Progress:
+        """There is a place for the request."""
+        measured.waited(permit.waited_s)
+        if not record.has_begun:
+            # A replica takes longer than the disk, and one write does for all that begin meanwhile.
+            record.begin(urgent=self._admission.running <= 1)
+        return _Progress(ticket, permit, measured)
+
+    async def _chosen(self, model: str, progress: _Progress) -> Replica:
+        """Who is asked now."""
+        replica = await self._router.choose(model)
+        progress.replica, progress.sent_s = replica.name, self._clock.monotonic()
+        return replica
+
+    def _give_up_or_move(self, replica: Replica, error: LlmosError, progress: _Progress) -> None:
+        """Raises `error` where something of the answer has come, or nobody else may do better."""
+        if progress.engine is not None:
+            if isinstance(error, ReplicaLost):
+                self._router.lost(replica)
+            raise error
+        self._move(replica, error, progress.attempts)
+        progress.attempts += 1
+
+    def _move(self, replica: Replica, error: LlmosError, attempts: int) -> None:
         """Raises `error` unless another replica, or this one come back, may do better."""
         if error.status is not Status.UNAVAILABLE or isinstance(error, DependencyUnavailable):
             raise error
@@ -287,14 +327,30 @@ class Completions:
         if progress.engine is None or len(event.finish_reasons) != request.n:
             raise Internal("a replica finished what it did not begin, or not each choice")
         progress.finished = event
-        self._settle(record, progress)
+        self._note(record, progress)
         record.complete()
 
     def _settle(self, record: RequestRecord, progress: _Progress) -> None:
-        """Hands over what the outcome will say. Repeating it changes nothing."""
+        """The work has ended, however it did."""
+        if progress.finished is None:
+            self._note(record, progress)
+        usage, engine = record.usage, progress.engine
+        progress.measured.settle(usage, progress.finished, engine, progress.first_token_s)
+        progress.ticket.settle(usage if engine else None)
+
+    def _note(self, record: RequestRecord, progress: _Progress) -> None:
+        """What the outcome will say."""
+        finished, engine = progress.finished, progress.engine
         record.usage = progress.usage()
-        record.finish_reasons = progress.finished.finish_reasons if progress.finished else ()
+        record.finish_reasons = finished.finish_reasons if finished else ()
         record.time_to_first_token_s = progress.first_token_s
-        record.replica = progress.engine.replica if progress.engine else progress.replica
-        record.model_revision = progress.engine.model_revision if progress.engine else ""
-        record.numerics_id = progress.engine.numerics_id if progress.engine else ""
+        if engine is None:
+            record.replica = progress.replica
+        else:
+            record.replica = engine.replica
+            record.model_revision, record.numerics_id = engine.model_revision, engine.numerics_id
+
+
+def _end(record: RequestRecord, ticket: Ticket) -> None:
+    """What an engine did is settled where it did it; an answer from the cache is a request without tokens."""
+    ticket.settle(Usage() if record.has_begun else None)

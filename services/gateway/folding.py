@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 from services.gateway.generation import (
@@ -67,3 +68,16 @@ class Fold:
             choices=self.choices(self.finished.finish_reasons),
             usage=self.finished.usage,
         )
+
+
+def folded(started: Started, deltas: Sequence[Delta], finished: Finished) -> Generation:
+    """The answer that came in one piece."""
+    if len(deltas) == len(finished.finish_reasons) == 1:
+        # As nearly all are.
+        (delta,), (reason,) = deltas, finished.finish_reasons
+        choice = Choice(0, delta.text, tuple(delta.token_ids), reason, tuple(delta.logprobs))
+        return Generation(started, (choice,), finished.usage)
+    fold = Fold(len(finished.finish_reasons), started, finished)
+    for delta in deltas:
+        fold.add(delta)
+    return fold.result()

@@ -209,6 +209,14 @@ class Finished(Struct, frozen=True):
     usage: Usage
 
 
+class WholeAnswer(Struct, frozen=True):
+    """What a replica answers in one piece."""
+
+    started: EngineStarted
+    deltas: Sequence[Delta]
+    finished: Finished
+
+
 EngineEvent = EngineStarted | Delta | Finished
 Event = Started | Delta | Moved | Finished
 

@@ -7,7 +7,14 @@ import asyncio
 from collections.abc import AsyncGenerator
 from typing import Protocol
 
-from services.gateway.generation import EngineEvent, Model, TokenCount, ValidGeneration, ValidPrompt
+from services.gateway.generation import (
+    EngineEvent,
+    Model,
+    TokenCount,
+    ValidGeneration,
+    ValidPrompt,
+    WholeAnswer,
+)
 from services.mesh.events import RequestEnded, RequestStarted
 from services.mesh.tokens import VerifiedToken
 
@@ -15,15 +22,16 @@ from services.mesh.tokens import VerifiedToken
 class InferencePort(Protocol):
     """One replica of inference."""
 
-    def generate(
-        self, request_id: str, request: ValidGeneration, *, whole: bool = False
-    ) -> AsyncGenerator[EngineEvent, None]:
+    def generate(self, request_id: str, request: ValidGeneration) -> AsyncGenerator[EngineEvent, None]:
         """EngineStarted, then Delta, then Finished. Closing the generator ends the work at the replica.
-
-        `whole`: nobody reads along, so that all of it may come at the end, with one Delta for each choice.
 
         Raises ReplicaLost where the replica cannot be reached, or went away; other errors as it raised them.
         """
+
+    async def generate_whole(self, request_id: str, request: ValidGeneration) -> WholeAnswer:
+        """The answer in one piece, since nobody reads along. Cancelling ends the work at the replica.
+
+        Raises as `generate` does."""
 
     async def count_tokens(self, request: ValidPrompt) -> TokenCount:
         """Raises as `generate` does."""

@@ -23,7 +23,7 @@ from services.gateway.generation import (
 from services.gateway.ports import InferencePort
 from services.mesh import errors
 from tests.framework.echo_replica import echo_replica
-from tests.framework.gateway_fakes import FakeReplica, Gate, generation
+from tests.framework.gateway_fakes import FakeReplica, Gate, events_of, generation
 from tests.framework.waiting import eventually
 
 TIMEOUT_S = 5
@@ -101,7 +101,7 @@ each_way = pytest.mark.parametrize(
 async def test_an_answer_has_its_order(make: object, whole: bool, tmp_path: Path) -> None:
     async with make(tmp_path, "whole") as subject:  # type: ignore[operator]
         request = generation(model=subject.model, prompt=Prompt(text=PROMPTS["whole"]))
-        events = [event async for event in subject.port.generate("req_1", request, whole=whole)]
+        events = await events_of(subject.port, request, whole=whole)
         assert isinstance(events[0], EngineStarted)
         assert events[0].replica == "replica-0"
         assert isinstance(events[-1], Finished)
@@ -127,13 +127,7 @@ async def test_closing_ends_the_work(make: object, tmp_path: Path) -> None:
 async def test_who_gives_up_ends_the_work(make: object, whole: bool, tmp_path: Path) -> None:
     async with make(tmp_path, "hang") as subject:  # type: ignore[operator]
         request = generation(model=subject.model, prompt=Prompt(text=PROMPTS["hang"]))
-
-        async def read() -> None:
-            async with aclosing(subject.port.generate("req_1", request, whole=whole)) as events:
-                async for _ in events:
-                    pass
-
-        reading = asyncio.create_task(read())
+        reading = asyncio.create_task(events_of(subject.port, request, whole=whole))
         await eventually(lambda: subject.running() == 1, timeout_s=TIMEOUT_S)
         reading.cancel()
         await eventually(lambda: subject.running() == 0, timeout_s=TIMEOUT_S)
@@ -144,12 +138,7 @@ async def test_who_gives_up_ends_the_work(make: object, whole: bool, tmp_path: P
 async def test_a_replica_that_goes_away_takes_whole_answers_with_it(make: object, tmp_path: Path) -> None:
     async with make(tmp_path, "hang") as subject:  # type: ignore[operator]
         request = generation(model=subject.model, prompt=Prompt(text=PROMPTS["hang"]))
-
-        async def read() -> None:
-            async for _ in subject.port.generate("req_1", request, whole=True):
-                pass
-
-        reading = asyncio.create_task(read())
+        reading = asyncio.create_task(subject.port.generate_whole("req_1", request))
         await eventually(lambda: subject.running() == 1, timeout_s=TIMEOUT_S)
         losing = asyncio.create_task(subject.lose())
         with pytest.raises(errors.LlmosError) as lost:
@@ -183,7 +172,7 @@ async def test_a_refusal_keeps_its_class(make: object, whole: bool, tmp_path: Pa
     async with make(tmp_path, "refuse") as subject:  # type: ignore[operator]
         request = generation(model=subject.model, prompt=Prompt(text=PROMPTS["refuse"]))
         with pytest.raises(errors.ModelNotFound):
-            _ = [event async for event in subject.port.generate("req_1", request, whole=whole)]
+            await events_of(subject.port, request, whole=whole)
 
 
 @each

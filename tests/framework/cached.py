@@ -36,8 +36,11 @@ class Asked:
         async with self._bench.call(self._identity) as record:
             record.cache_control = self._said
             self.record = record
-            stream = self._bench.completions.stream(record, self._request, whole=self._whole)
-            async with aclosing(stream) as events:
+            if self._whole:
+                answer = await self._bench.completions.generate(record, self._request)
+                self.events += [Delta(1 + at, at, c.text, c.token_ids) for at, c in enumerate(answer.choices)]
+                return self
+            async with aclosing(self._bench.completions.stream(record, self._request)) as events:
                 async for event in events:
                     self.events.append(event)
                     self.changed.set()

@@ -23,7 +23,7 @@ from services.mesh.interceptors import Authenticator, server_chain
 from services.mesh.running import RunningCalls
 from services.mesh.server import GrpcServer
 from services.mesh.tokens import Audience
-from tests.framework.gateway_fakes import generation
+from tests.framework.gateway_fakes import events_of, generation
 from tests.framework.waiting import eventually
 
 
@@ -43,7 +43,7 @@ class EchoReplica:
     async def events(self, text: str, request_id: str = "req_1", *, whole: bool = False) -> list[EngineEvent]:
         """All that comes of a prompt."""
         request = generation(model=self.model, prompt=Prompt(text=text))
-        return [event async for event in self.port.generate(request_id, request, whole=whole)]
+        return await events_of(self.port, request, request_id, whole=whole)
 
     async def watched(self) -> None:
         """Returns when the deltas of what begins now come by the watch."""

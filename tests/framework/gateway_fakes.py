@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import AsyncGenerator, AsyncIterator, Sequence
-from contextlib import asynccontextmanager
+from contextlib import aclosing, asynccontextmanager
 from dataclasses import dataclass, field
 from datetime import UTC, datetime, timedelta
 from typing import TypeVar
@@ -33,12 +33,14 @@ from services.gateway.generation import (
     Usage,
     ValidGeneration,
     ValidPrompt,
+    WholeAnswer,
 )
 from services.gateway.limits.guard import Limits
 from services.gateway.limits.limiter import Limiter
 from services.gateway.limits.memory import MemoryLimiter
 from services.gateway.limits.plans import Plans
 from services.gateway.models import Models
+from services.gateway.ports import InferencePort
 from services.gateway.routing import Replica, Router
 from services.gateway.telemetry import AdmissionInstruments, Instruments
 from services.mesh.clock import Clock, SystemClock
@@ -130,6 +132,17 @@ def answer(*texts: str, first_seq: int = 1, reason: FinishReason = FinishReason.
     ]
 
 
+async def events_of(
+    port: InferencePort, request: ValidGeneration, request_id: str = "req_1", *, whole: bool = False
+) -> list[EngineEvent]:
+    """All of an answer."""
+    if whole:
+        answer = await port.generate_whole(request_id, request)
+        return [answer.started, *answer.deltas, answer.finished]
+    async with aclosing(port.generate(request_id, request)) as events:
+        return [event async for event in events]
+
+
 class FakeReplica:
     """An `InferencePort` that plays its scripts in turn; the last one again and again."""
 
@@ -149,9 +162,14 @@ class FakeReplica:
         self.running = 0
         self.most_running = 0
 
-    async def generate(
-        self, request_id: str, request: ValidGeneration, *, whole: bool = False
-    ) -> AsyncGenerator[EngineEvent, None]:
+    async def generate_whole(self, request_id: str, request: ValidGeneration) -> WholeAnswer:
+        async with aclosing(self.generate(request_id, request)) as events:
+            started, *deltas, finished = [event async for event in events]
+        assert isinstance(started, EngineStarted)
+        assert isinstance(finished, Finished)
+        return WholeAnswer(started, [delta for delta in deltas if isinstance(delta, Delta)], finished)
+
+    async def generate(self, request_id: str, request: ValidGeneration) -> AsyncGenerator[EngineEvent, None]:
         script = self.scripts[min(len(self.requests), len(self.scripts) - 1)]
         self.requests.append(request)
         self.running += 1

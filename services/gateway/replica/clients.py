@@ -33,6 +33,7 @@ from services.gateway.generation import (
     Usage,
     ValidGeneration,
     ValidPrompt,
+    WholeAnswer,
 )
 from services.gateway.replica.carrier import CarriedCall, Carriers, CarryStream, Said
 from services.gateway.replica.delta_watch import DeltaWatch, Inbox, WatchedDelta
@@ -85,22 +86,8 @@ class GrpcInference:
         await self._watch.close()
         await self._carriers.close()
 
-    async def generate(
-        self, request_id: str, request: ValidGeneration, *, whole: bool = False
-    ) -> AsyncGenerator[EngineEvent, None]:
-        message = inference_service_pb2.GenerateRequest(
-            request_id=request_id, priority=_same(request.priority)
-        )
-        _fill_spec(message.spec, request)
-        if request.is_job:
-            message.gather_ms = JOB_GATHER_MS
-        if whole:
-            found = await self._whole(message)
-            yield _started(found.started, found.time_to_first_token_s)
-            for delta in found.deltas:
-                yield _delta(delta)
-            yield _finished(found.finished)
-            return
+    async def generate(self, request_id: str, request: ValidGeneration) -> AsyncGenerator[EngineEvent, None]:
+        message = _message(request_id, request)
         # Of a job's deltas there are few.
         inbox = None if request.is_job else self._watch.inbox()
         if inbox is not None:
@@ -127,6 +114,14 @@ class GrpcInference:
             call.cancel()
             if inbox is not None:
                 inbox.close()
+
+    async def generate_whole(self, request_id: str, request: ValidGeneration) -> WholeAnswer:
+        found = await self._whole(_message(request_id, request))
+        return WholeAnswer(
+            _started(found.started, found.time_to_first_token_s),
+            [_delta(delta) for delta in found.deltas],
+            _finished(found.finished),
+        )
 
     async def _whole(
         self, message: inference_service_pb2.GenerateRequest
@@ -277,6 +272,14 @@ def _next(before: int, seq: int, inbox: Inbox | None) -> int:
     if inbox is not None and seq != before + 1:
         raise ReplicaLost("A part of the answer was lost on its way from the replica.")
     return seq
+
+
+def _message(request_id: str, request: ValidGeneration) -> inference_service_pb2.GenerateRequest:
+    message = inference_service_pb2.GenerateRequest(request_id=request_id, priority=_same(request.priority))
+    _fill_spec(message.spec, request)
+    if request.is_job:
+        message.gather_ms = JOB_GATHER_MS
+    return message
 
 
 def _fill_spec(spec: generation_pb2.GenerationSpec, request: ValidGeneration) -> None:

@@ -22,7 +22,7 @@ from services.mesh.clock import Clock, ManualClock, SystemClock
 from services.mesh.context import RequestContext
 from services.mesh.errors import LlmosError
 from tests.framework.echo_replica import EchoReplica, echo_replica
-from tests.framework.gateway_fakes import generation
+from tests.framework.gateway_fakes import events_of, generation
 from tests.framework.waiting import eventually
 
 CALLS = 12
@@ -337,7 +337,7 @@ async def test_a_request_goes_without_what_the_gateway_alone_knows(tmp_path: Pat
     async with echo_replica(tmp_path) as replica:
         await replica.carried()
         request = generation(model=replica.model, prompt=Prompt(text="a b c"), n=2, end_user="bob")
-        whole = [event async for event in replica.port.generate("req_1", request, whole=True)]
+        whole = await events_of(replica.port, request, whole=True)
         streamed = [event async for event in replica.port.generate("req_1", request)]
     ends = [event for event in (*whole, *streamed) if isinstance(event, Finished)]
     assert ends[0] == ends[1]

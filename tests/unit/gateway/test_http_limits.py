@@ -46,13 +46,15 @@ async def test_r14_a_head_that_dribbles_in_is_cut_off_and_others_are_unhurt() ->
         connection(http) as (reader, writer),
     ):
         ended = asyncio.create_task(refusal(reader))
+        begun_s = time.monotonic()
         for byte in b"GET /v1/models HT":
+            # What comes after the end resets the connection, and the answer with it.
+            if time.monotonic() - begun_s > 0.4:
+                break
             writer.write(bytes([byte]))
             await writer.drain()
             async with http.client() as client:
                 await client.models.list()
-            if ended.done():
-                break
         assert (await ended)[0] == 408
 
 

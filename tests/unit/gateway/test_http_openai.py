@@ -261,7 +261,8 @@ async def test_r02_a_caller_that_leaves_ends_the_work(stream: bool) -> None:
     assert (ended.outcome, ended.error_reason, ended.usage.completion_tokens) == (
         Outcome.CANCELLED,
         "CANCELLED",
-        1,
+        # What comes in one piece is counted when it has come.
+        1 if stream else 0,
     )
     assert bench.replicas[0].closed == 1
     assert bench.admission.running == 0
