@@ -1,7 +1,8 @@
 """Calls to one replica that need no stream of their own: they go in one that lasts, and so do their answers.
 
-What begins at once goes in one message. A call that nobody waits for any more is given up there. Where no
-such stream is open, or a request is long, a call of its own does the same.
+What begins at once goes in one message; where many are under way, so does what begins within SPACING_S. A
+call that nobody waits for any more is given up there. Where no such stream is open, or a request is long, a
+call of its own does the same.
 """
 
 from __future__ import annotations
@@ -28,6 +29,10 @@ OPEN_AGAIN_S = 1.0
 CALL_BYTES = 32 * 1024
 """A longer one would hold up the others."""
 MESSAGE_BYTES = 128 * 1024
+SPACING_S = 0.004
+"""Between two messages, while BUSY_CALLS or more are under way: a message costs both sides more than a call in
+it."""
+BUSY_CALLS = 4
 MAX_CALLS = 256
 MAX_CANCELLED = 4096
 """In one message."""
@@ -87,7 +92,9 @@ class CarrySource(Protocol[Answer_co]):
 class Carrier(Generic[Answer]):
     """One stream, from its opening to its end."""
 
-    def __init__(self, source: CarrySource[Answer]) -> None:
+    def __init__(self, source: CarrySource[Answer], clock: Clock) -> None:
+        self._clock = clock
+        self._written_s = float("-inf")
         self.connection = source.connection()
         self.is_open = False
         """It takes calls."""
@@ -178,11 +185,15 @@ class Carrier(Generic[Answer]):
         try:
             while self._waiting or self._cancelled or not self.is_retired:
                 if self._unsent or self._cancelled:
+                    await self._space()
                     cancelled, self._cancelled = (
                         self._cancelled[:MAX_CANCELLED],
                         self._cancelled[MAX_CANCELLED:],
                     )
-                    await self._stream.write(self._next_calls(), cancelled)
+                    calls = self._next_calls()
+                    # What did not fit goes at once.
+                    self._written_s = float("-inf") if self._unsent else self._clock.monotonic()
+                    await self._stream.write(calls, cancelled)
                 else:
                     self._news.clear()
                     await self._news.wait()
@@ -190,6 +201,12 @@ class Carrier(Generic[Answer]):
         except LlmosError as error:
             logger.debug("a stream that carried calls takes no more: %s", error)
             self._stream.cancel()
+
+    async def _space(self) -> None:
+        """Waits for others that begin, where the last message has only just gone."""
+        wait_s = self._written_s + SPACING_S - self._clock.monotonic()
+        if wait_s > 0 and len(self._waiting) >= BUSY_CALLS:
+            await self._clock.sleep(wait_s)
 
     def _next_calls(self) -> list[CarriedCall]:
         calls: list[CarriedCall] = []
@@ -234,7 +251,7 @@ class Carriers(Generic[Answer]):
             now_s = self._clock.monotonic()
             if now_s - self._tried_s >= OPEN_AGAIN_S:
                 self._tried_s = now_s
-                self._carrier = Carrier(self._source)
+                self._carrier = Carrier(self._source, self._clock)
                 self._tasks.add(self._carrier.running)
                 self._carrier.running.add_done_callback(self._tasks.discard)
         return None

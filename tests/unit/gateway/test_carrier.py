@@ -82,6 +82,7 @@ async def test_a_stream_that_is_old_ends_with_its_calls_and_another_is_opened(tm
     async with echo_replica(tmp_path, config=ROOM, clock=clock, max_call_s=600) as replica:
         await replica.carried()
         hanging = await begin(replica, "[[hang_after=1]] a b", 2)
+        await clock.advance(carriers.SPACING_S)
         tasks = await begin(replica, f"[[first_ms={(CARRY_S + 100) * 1000:.0f}]] word", CALLS, besides=2)
         await clock.advance(CARRY_S)
         await eventually(lambda: not replica.port.is_carrying, timeout_s=5)
@@ -236,18 +237,44 @@ def ask(carrier: Carrier[str], request: bytes = b"x") -> asyncio.Task[str | None
 
 
 async def test_what_begins_at_once_goes_in_one_message() -> None:
-    shared, carrier, stream = await opened(Source(), ManualClock())
+    clock = ManualClock()
+    shared, carrier, stream = await opened(Source(), clock)
     stream.may_write.clear()
     asking = [ask(carrier)]
     await eventually(lambda: stream.calls == [1])
     asking += [ask(carrier) for _ in range(5)]
-    await asyncio.sleep(0)
+    await clock.advance(carriers.SPACING_S)
     stream.may_write.set()
     await eventually(lambda: stream.calls == [1, 2, 3, 4, 5, 6])
     assert len(stream.written) == 2
     stream.say(*((number, f"answer {number}") for number in (6, 5, 4, 3, 2, 1)))
     assert await asyncio.gather(*asking) == [f"answer {number}" for number in range(1, 7)]
     await shared.close()
+
+
+async def test_what_begins_soon_after_goes_with_others_where_many_are_under_way() -> None:
+    clock = ManualClock()
+    shared, carrier, stream = await opened(Source(), clock)
+    asking = []
+    for number in range(1, carriers.BUSY_CALLS):
+        asking.append(ask(carrier))
+        await eventually(lambda number=number: stream.calls == list(range(1, number + 1)))
+    assert len(stream.written) == carriers.BUSY_CALLS - 1, "few go each by itself, at once"
+    asking += [ask(carrier), ask(carrier)]
+    await clock.advance(carriers.SPACING_S / 2)
+    asking.append(ask(carrier))
+    await eventually(lambda: clock.sleepers == 1)
+    assert len(stream.written) == carriers.BUSY_CALLS - 1
+    await clock.advance(carriers.SPACING_S / 2)
+    await eventually(lambda: len(stream.written) == carriers.BUSY_CALLS)
+    assert len(stream.written[-1][0]) == 3
+    await clock.advance(1)
+    ask(carrier)
+    await eventually(
+        lambda: len(stream.written) == carriers.BUSY_CALLS + 1, what="after a pause it goes at once"
+    )
+    await shared.close()
+    await asyncio.wait(asking)
 
 
 async def test_a_message_is_bounded() -> None:
