@@ -51,19 +51,21 @@ class RequestParser:
         refuse_unoffered(_unoffered(message))
         spec = message.spec
         self._check_limits(spec)
+        # Of two dozen fields few are there: to ask for each takes longer.
+        there = {field.name: value for field, value in spec.ListFields()}
         return ValidGeneration(
             model=spec.model,
             prompt=_prompt(spec.prompt),
             sampling=self._sampling(spec.sampling),
-            max_tokens=spec.max_tokens if spec.HasField("max_tokens") else None,
-            stop=tuple(spec.stop),
-            stop_token_ids=tuple(spec.stop_token_ids),
-            n=spec.n or 1,
-            logprobs=spec.logprobs,
-            top_logprobs=spec.top_logprobs,
-            ignore_eos=spec.ignore_eos,
-            end_user=spec.end_user,
-            labels=dict(spec.labels),
+            max_tokens=there.get("max_tokens"),
+            stop=tuple(there.get("stop", ())),
+            stop_token_ids=tuple(there.get("stop_token_ids", ())),
+            n=there.get("n", 1),
+            logprobs=there.get("logprobs", False),
+            top_logprobs=there.get("top_logprobs", 0),
+            ignore_eos=there.get("ignore_eos", False),
+            end_user=there.get("end_user", ""),
+            labels=dict(there.get("labels", {})),
         )
 
     def count_tokens(self, message: generation_service_pb2.CountTokensRequest) -> ValidPrompt:
@@ -100,20 +102,13 @@ class RequestParser:
             raise _above(f"{path}.{kind}", self._max_prompt_bytes, "bytes")
 
     def _sampling(self, given: generation_pb2.SamplingParams) -> Sampling:
-        def optional(name: str) -> float | None:
-            return getattr(given, name) if given.HasField(name) else None  # type: ignore[arg-type]
-
+        there = {field.name: value for field, value in given.ListFields()}
+        seed, bias = there.pop("seed", None), there.pop("logit_bias", None)
         return Sampling(
-            seed=given.seed if given.HasField("seed") else self._assign_seed(),
-            seed_is_assigned=not given.HasField("seed"),
-            temperature=optional("temperature"),
-            top_p=optional("top_p"),
-            top_k=given.top_k if given.HasField("top_k") else None,
-            min_p=optional("min_p"),
-            presence_penalty=optional("presence_penalty"),
-            frequency_penalty=optional("frequency_penalty"),
-            repetition_penalty=optional("repetition_penalty"),
-            logit_bias=tuple(sorted(given.logit_bias.items())),
+            seed=self._assign_seed() if seed is None else seed,
+            seed_is_assigned=seed is None,
+            logit_bias=tuple(sorted(bias.items())) if bias else (),
+            **there,
         )
 
 

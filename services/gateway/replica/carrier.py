@@ -30,8 +30,8 @@ CALL_BYTES = 32 * 1024
 """A longer one would hold up the others."""
 MESSAGE_BYTES = 128 * 1024
 SPACING_S = 0.004
-"""Between two messages, while BUSY_CALLS or more are under way: a message costs both sides more than a call in
-it."""
+"""Between two messages, while BUSY_CALLS or more are under way: a message costs both sides more than a call
+in it."""
 BUSY_CALLS = 4
 MAX_CALLS = 256
 MAX_CANCELLED = 4096
