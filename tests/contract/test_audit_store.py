@@ -298,6 +298,35 @@ async def test_of_a_mere_place_nothing_but_the_place_is_kept(store: AuditStore) 
     assert await store.other_events(10) == []
 
 
+async def test_sqlite_makes_of_random_batches_what_the_store_in_memory_does(tmp_path: Path) -> None:
+    """Intents and outcomes of few requests, in any order, again and again, more than a statement takes."""
+    seed = random.SystemRandom().randrange(10**9)
+    print(f"seed {seed}")
+    rng = random.Random(seed)
+    memory, sqlite = MemoryStore(), SqliteStore(tmp_path / "audit.db")
+    await sqlite.start()
+    sequence = 0
+    for number in range(60):
+        events = []
+        for _ in range(rng.choice((1, 5, 40, 200))):
+            sequence += 1
+            request_id, place = f"r{rng.randrange(40 + 10 * number)}", (1, sequence)
+            if rng.random() < 0.5:
+                events.append(intent(request_id, place, time_us=sequence))
+            else:
+                ended = rng.choice((Outcome.SUCCEEDED, Outcome.FAILED))
+                events.append(outcome(request_id, place, how=ended, time_us=sequence))
+        batch = Batch(TOPIC, events, {0: sequence})
+        assert await sqlite.apply(batch, number) == await memory.apply(batch, number)
+        if number % 10 == 0:
+            assert await sqlite.fence("p", number) == await memory.fence("p", number)
+        held = report((1, 1, sequence))
+        assert await sqlite.sync(held, 0) == await memory.sync(held, 0)
+    for which in (EVERYTHING, RecordFilter(open_only=True), RecordFilter(outcome=Outcome.FAILED)):
+        assert await sqlite.changed(which, 0, 10_000) == await memory.changed(which, 0, 10_000)
+    await sqlite.stop()
+
+
 async def test_sqlite_keeps_everything(tmp_path: Path) -> None:
     path = tmp_path / "audit.db"
     first = SqliteStore(path)

@@ -57,24 +57,6 @@ CREATE TABLE counters (name TEXT PRIMARY KEY, value INTEGER NOT NULL) WITHOUT RO
 INSERT INTO counters VALUES ('position', 0);
 """
 
-UPSERT_INTENT = """
-INSERT INTO requests (request_id, position, tenant_id, client_id, receive_time_us, producer, epoch, sequence,
-                      started, store_time_us)
-VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?)
-ON CONFLICT (request_id) DO UPDATE
-SET position = excluded.position, producer = excluded.producer, epoch = excluded.epoch,
-    sequence = excluded.sequence, started = excluded.started, store_time_us = excluded.store_time_us
-WHERE started IS NULL
-"""
-UPSERT_OUTCOME = """
-INSERT INTO requests (request_id, position, tenant_id, client_id, receive_time_us, outcome, ended,
-                      store_time_us)
-VALUES (?, ?, ?, ?, ?, ?, ?, ?)
-ON CONFLICT (request_id) DO UPDATE
-SET position = excluded.position, outcome = excluded.outcome, ended = excluded.ended,
-    store_time_us = excluded.store_time_us
-WHERE outcome IS NULL
-"""
 INSERT_OTHER = """
 INSERT OR IGNORE INTO other_events (producer, epoch, sequence, kind, time_us, body) VALUES (?, ?, ?, ?, ?, ?)
 """

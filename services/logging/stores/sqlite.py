@@ -14,6 +14,7 @@ from services.logging.store import (
     RequestRecord,
 )
 from services.logging.stores import queries
+from services.logging.stores.rows import RequestRows
 from services.logging.stores.sqlite_file import SqliteFile
 from services.mesh import event_codec
 from services.mesh.audit_protocol import (
@@ -23,10 +24,11 @@ from services.mesh.audit_protocol import (
     SequenceTracker,
     may_settle,
 )
-from services.mesh.event_codec import IntentRead, OtherRead, PlaceRead
+from services.mesh.event_codec import IntentRead, OtherRead, OutcomeRead
 from services.mesh.events import Outcome
 
 FORMAT = 1
+OfRequest = IntentRead | OutcomeRead
 
 
 class SqliteStore:
@@ -129,39 +131,32 @@ class _Progress:
 
 def _apply(db: sqlite3.Connection, batch: Batch, now_us: int) -> Applied:
     progress = _Progress(db)
-    position = first = queries.position(db)
+    first = queries.position(db)
+    ids = {each.record.request_id: None for each in batch.events if isinstance(each.record, OfRequest)}
+    requests = RequestRows(db, ids, first)
     late = 0
     for event in batch.events:
-        tracker = progress.of(event.producer, event.place.epoch)
+        place, record = event.place, event.record
+        tracker = progress.of(event.producer, place.epoch)
         tracker.raise_floor(event.floor)
-        tracker.add(event.place.sequence)
-        record = event.record
-        if isinstance(record, PlaceRead):
-            continue
-        if isinstance(record, OtherRead):
-            db.execute(
-                queries.INSERT_OTHER, (event.producer, *event.place, record.kind, record.time_us, record.body)
-            )
-            continue
-        keys = (record.request_id, position + 1, record.tenant_id, record.client_id, record.receive_time_us)
+        tracker.add(place.sequence)
         if isinstance(record, IntentRead):
-            place = (event.producer, *event.place)
-            position += db.execute(queries.UPSERT_INTENT, (*keys, *place, record.body, now_us)).rowcount
-        elif db.execute(queries.UPSERT_OUTCOME, (*keys, record.outcome, record.body, now_us)).rowcount:
-            position += 1
-        else:
-            (ended,) = db.execute(
-                "SELECT ended FROM requests WHERE request_id = ?", (record.request_id,)
-            ).fetchone()
-            late += ended != record.body
+            requests.begin(event.producer, place, record)
+        elif isinstance(record, OutcomeRead):
+            late += requests.end(record)
+        elif isinstance(record, OtherRead):
+            db.execute(
+                queries.INSERT_OTHER, (event.producer, *place, record.kind, record.time_us, record.body)
+            )
+    requests.write(now_us)
     progress.save()
     db.executemany(
         "INSERT OR REPLACE INTO offsets VALUES (?, ?, ?)",
         [(batch.topic, partition, offset) for partition, offset in batch.offsets.items()],
     )
-    if position != first:
-        queries.set_position(db, position)
-    return Applied(position, late)
+    if requests.position != first:
+        queries.set_position(db, requests.position)
+    return Applied(requests.position, late)
 
 
 def _sync(db: sqlite3.Connection, report: ProducerReport, now_us: int) -> tuple[ProducerAnswer, int]:
