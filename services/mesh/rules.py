@@ -142,8 +142,8 @@ def _field_check(field: FieldDescriptor, rules: Any) -> Check:
         rest = validate_pb2.FieldRules()
         rest.CopyFrom(rules)
         rest.ClearField("cel")
-        check = _field_check(field, rest)
-        return lambda value: check(value) and all(holds(value) for holds in expressions)
+        others = _field_check(field, rest)
+        return lambda value: others(value) and all(holds(value) for holds in expressions)
     kind = rules.WhichOneof("type")
     _only(rules, "required", *([kind] if kind else []))
     if not field.is_repeated:
