@@ -14,12 +14,13 @@ from services.mesh.audit_protocol import Place
 from services.mesh.event_codec import IntentRead, OutcomeRead
 
 T = TypeVar("T")
+_Value = str | int | bytes | None
 
 MAX_ROWS = 32
 """Of one statement."""
 
 
-def _of_rows(before: str, row: str, after: str) -> tuple[str, ...]:
+def _of_rows(before: str, row: str, after: str = "") -> tuple[str, ...]:
     """The statement for each number of rows."""
     return tuple(f"{before} {', '.join([row] * rows)}{after}" for rows in range(MAX_ROWS + 1))
 
@@ -29,18 +30,20 @@ _KNOWN = _of_rows(
     "?",
     ")",
 )
-_WRITE = _of_rows(
-    "INSERT INTO requests (request_id, position, tenant_id, client_id, receive_time_us, outcome, producer,"
-    " epoch, sequence, started, ended, store_time_us) VALUES",
+_INSERT = _of_rows(
+    # FAIL: after a failure nothing of the transaction is kept, so SQLite need not copy each page aside, often
+    # into a file made for that, to undo this statement alone.
+    "INSERT OR FAIL INTO requests (request_id, position, tenant_id, client_id, receive_time_us,"
+    " store_time_us, outcome, producer, epoch, sequence, started, ended) VALUES",
     "(?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?)",
-    """
-ON CONFLICT (request_id) DO UPDATE
-SET position = excluded.position, outcome = coalesce(outcome, excluded.outcome),
-    producer = coalesce(producer, excluded.producer), epoch = coalesce(epoch, excluded.epoch),
-    sequence = coalesce(sequence, excluded.sequence), started = coalesce(started, excluded.started),
-    ended = coalesce(ended, excluded.ended), store_time_us = excluded.store_time_us
-""",
 )
+_UPDATE = """
+UPDATE requests
+SET position = ?, store_time_us = ?, outcome = coalesce(outcome, ?), producer = coalesce(producer, ?),
+    epoch = coalesce(epoch, ?), sequence = coalesce(sequence, ?), started = coalesce(started, ?),
+    ended = coalesce(ended, ?)
+WHERE request_id = ?
+"""
 
 
 class RequestRows:
@@ -55,12 +58,15 @@ class RequestRows:
         self._db = db
         self._rows: dict[str, _Row] = {}
         """In the order of their first events."""
+        self._known: set[str] = set()
+        """Those that the database has."""
         self._begun: set[str] = set()
         """Those whose intent is known, here or in the database."""
         self._ended: set[str] = set()
         """Those whose outcome is."""
         for names in _parts(list(request_ids)):
             for request_id, begun, ended in db.execute(_KNOWN[len(names)], names):
+                self._known.add(request_id)
                 if begun:
                     self._begun.add(request_id)
                 if ended:
@@ -85,8 +91,13 @@ class RequestRows:
         return False
 
     def write(self, now_us: int) -> None:
-        for part in _parts(list(self._rows.values())):
-            self._db.execute(_WRITE[len(part)], [value for row in part for value in row.values(now_us)])
+        made = [row for row in self._rows.values() if row.first.request_id not in self._known]
+        for part in _parts(made):
+            self._db.execute(_INSERT[len(part)], [value for row in part for value in row.inserted(now_us)])
+        self._db.executemany(
+            _UPDATE,
+            [row.updated(now_us) for row in self._rows.values() if row.first.request_id in self._known],
+        )
 
     def _change(self, event: IntentRead | OutcomeRead) -> _Row:
         self.position += 1
@@ -104,10 +115,10 @@ class RequestRows:
 class _Row:
     """What is new of one request."""
 
-    __slots__ = ("ended", "keys", "outcome", "place", "position", "producer", "started")
+    __slots__ = ("ended", "first", "outcome", "place", "position", "producer", "started")
 
     def __init__(self, first: IntentRead | OutcomeRead) -> None:
-        self.keys = first
+        self.first = first
         self.position = 0
         self.outcome: int | None = None
         self.producer: str | None = None
@@ -115,22 +126,34 @@ class _Row:
         self.started: bytes | None = None
         self.ended: bytes | None = None
 
-    def values(self, now_us: int) -> tuple[str | int | bytes | None, ...]:
-        keys = self.keys
-        epoch, sequence = self.place
+    def inserted(self, now_us: int) -> tuple[_Value, ...]:
+        """As _INSERT has it."""
+        first = self.first
         return (
-            keys.request_id,
+            first.request_id,
             self.position,
-            keys.tenant_id,
-            keys.client_id,
-            keys.receive_time_us,
+            first.tenant_id,
+            first.client_id,
+            first.receive_time_us,
+            now_us,
             self.outcome,
             self.producer,
-            epoch,
-            sequence,
+            *self.place,
             self.started,
             self.ended,
+        )
+
+    def updated(self, now_us: int) -> tuple[_Value, ...]:
+        """As _UPDATE has it."""
+        return (
+            self.position,
             now_us,
+            self.outcome,
+            self.producer,
+            *self.place,
+            self.started,
+            self.ended,
+            self.first.request_id,
         )
 
 
