@@ -13,7 +13,7 @@ from collections.abc import Awaitable, Callable, Sequence
 from typing import TypeVar
 
 from opentelemetry import context, propagate, trace
-from opentelemetry.trace import Link, SpanKind
+from opentelemetry.trace import SpanContext, SpanKind
 
 from services.logging.intake import Intake
 from services.mesh.broker import ReceivedRecord, RecordSource
@@ -91,14 +91,16 @@ class TopicConsumer:
             f"process {self._intake.topic}",
             context=context.Context(),
             kind=SpanKind.CONSUMER,
-            links=_links(records),
             attributes={
                 "messaging.system": "kafka",
                 "messaging.operation.type": "process",
                 "messaging.destination.name": self._intake.topic,
                 "messaging.batch.message_count": len(records),
             },
-        ):
+        ) as span:
+            if span.is_recording():
+                for origin in _origins(records):
+                    span.add_link(origin)
             offsets = {record.partition: record.offset + 1 for record in records}
             await self._told(self._intake.take(records, offsets))
         self._offsets.update(offsets)
@@ -198,16 +200,16 @@ class TopicConsumer:
                     return
 
 
-def _links(records: Sequence[ReceivedRecord]) -> list[Link]:
-    """To the traces that the events come from; a batch may have many."""
-    found: dict[int, Link] = {}
+def _origins(records: Sequence[ReceivedRecord]) -> list[SpanContext]:
+    """Where in their traces the events come from; a batch may have many."""
+    found: dict[int, SpanContext] = {}
     for record in records:
         carrier = {key: value.decode("ascii", "replace") for key, value in record.headers}
         if "traceparent" not in carrier:
             continue
         origin = trace.get_current_span(propagate.extract(carrier, context.Context())).get_span_context()
         if origin.is_valid:
-            found.setdefault(origin.trace_id, Link(origin))
+            found.setdefault(origin.trace_id, origin)
         if len(found) >= MAX_LINKS:
             break
     return list(found.values())
