@@ -7,6 +7,8 @@ from dataclasses import dataclass
 from enum import IntEnum
 from typing import Protocol
 
+from msgspec import Struct
+
 PLACE_HEADER = "llmos-place"
 """EPOCH/SEQUENCE of a spool's event: should its value be damaged, the consumer still knows what it was."""
 
@@ -32,8 +34,7 @@ class Record:
     topic: Topic = Topic.AUDIT
 
 
-@dataclass(frozen=True, slots=True)
-class ReceivedRecord:
+class ReceivedRecord(Struct, frozen=True):
     """A record as it came from Kafka."""
 
     partition: int

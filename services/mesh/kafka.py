@@ -15,7 +15,7 @@ import logging
 import ssl
 from collections.abc import Awaitable, Coroutine, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, TypeVar
+from typing import Any, TypeVar, cast
 
 from aiokafka import AIOKafkaConsumer, AIOKafkaProducer, TopicPartition
 from aiokafka.admin import AIOKafkaAdminClient, NewTopic
@@ -23,7 +23,7 @@ from aiokafka.errors import KafkaError
 from aiokafka.partitioner import murmur2
 from aiokafka.structs import OffsetAndMetadata
 
-from services.mesh.broker import ReceivedRecord, Record, Topic
+from services.mesh.broker import Headers, ReceivedRecord, Record, Topic
 from services.mesh.errors import DependencyUnavailable
 from services.mesh.settings import KafkaSettings
 
@@ -187,14 +187,15 @@ class KafkaSource:
         )
         records = []
         for partition, found in fetched.items():
-            for record in found:
-                headers = tuple((key, bytes(value or b"")) for key, value in record.headers)
-                records.append(
-                    ReceivedRecord(
-                        partition.partition, record.offset, record.key or b"", record.value or b"", headers
-                    )
+            number = partition.partition
+            records += [
+                ReceivedRecord(
+                    number, each.offset, each.key or b"", each.value or b"", _without_nulls(each.headers)
                 )
-                self._next[partition.partition] = record.offset + 1
+                for each in found
+            ]
+            if found:
+                self._next[number] = found[-1].offset + 1
         return records
 
     async def ends(self) -> dict[int, int]:
@@ -325,6 +326,14 @@ def _behind(work: Coroutine[Any, Any, None], tasks: set[asyncio.Task[None]]) -> 
     task = asyncio.get_running_loop().create_task(work)
     tasks.add(task)
     task.add_done_callback(tasks.discard)
+
+
+def _without_nulls(headers: tuple[tuple[str, bytes | None], ...]) -> Headers:
+    """As they are, where all have values."""
+    for _, value in headers:
+        if value is None:
+            return tuple((key, value or b"") for key, value in headers)
+    return cast("Headers", headers)
 
 
 def _reason(error: BaseException) -> str:
