@@ -97,12 +97,12 @@ class SequenceTracker:
 
         Beyond `max_ranges` the highest range is forgotten: its events are stored, but will be sent again.
         """
-        if sequence in self:
-            return False
-        if sequence == self.watermark + 1:
+        if sequence == self.watermark + 1:  # as nearly all do; no range touches the watermark
             self.watermark = sequence
             self._absorb()
             return True
+        if sequence in self:
+            return False
         low = high = sequence
         index = bisect_right(self.ranges, (sequence, sequence))
         if index < len(self.ranges) and self.ranges[index][0] == sequence + 1:

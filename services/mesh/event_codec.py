@@ -8,7 +8,6 @@ that takes no parsing.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
 from datetime import UTC, datetime
 from functools import lru_cache
 
@@ -16,6 +15,7 @@ from google.protobuf.message import DecodeError, Message
 from google.protobuf.timestamp_pb2 import Timestamp
 from llmos.common.v1 import error_reason_pb2, identity_pb2, usage_pb2
 from llmos.events.v1 import events_pb2
+from msgspec import Struct
 
 from services.mesh.audit_protocol import Place
 from services.mesh.context import Identity
@@ -47,8 +47,7 @@ REASONS: Mapping[str, int] = {
 """Numbers of `llmos.common.v1.ErrorReason`, by the reasons of the tree in `errors`."""
 
 
-@dataclass(frozen=True, slots=True)
-class IntentRead:
+class IntentRead(Struct, frozen=True):
     """An intent, with what a store finds it by. `body` is the RequestStarted."""
 
     request_id: str
@@ -58,8 +57,7 @@ class IntentRead:
     body: bytes
 
 
-@dataclass(frozen=True, slots=True)
-class OutcomeRead:
+class OutcomeRead(Struct, frozen=True):
     """An outcome, with what a store finds it by. `body` is the RequestEnded."""
 
     request_id: str
@@ -71,8 +69,7 @@ class OutcomeRead:
     body: bytes
 
 
-@dataclass(frozen=True, slots=True)
-class OtherRead:
+class OtherRead(Struct, frozen=True):
     """Anything else, also what this version does not know. `body` is the AuditRecorded."""
 
     kind: str
@@ -81,13 +78,11 @@ class OtherRead:
     body: bytes
 
 
-@dataclass(frozen=True, slots=True)
-class PlaceRead:
+class PlaceRead(Struct, frozen=True):
     """Nothing but the place: the event is kept elsewhere, as a job is, or cannot be read."""
 
 
-@dataclass(frozen=True, slots=True)
-class EventRead:
+class EventRead(Struct, frozen=True):
     """An event with its place."""
 
     producer: str
@@ -211,12 +206,12 @@ def parse_envelope(value: bytes) -> events_pb2.EventEnvelope:
 
 def read_floor_and_place(envelope: events_pb2.EventEnvelope) -> tuple[int, Place]:
     """Raises DataCorrupt."""
-    place = Place(envelope.epoch, envelope.sequence)
-    if not (1 <= place.epoch < MAX_PLACE and 1 <= place.sequence < MAX_PLACE):
+    epoch, sequence, floor = envelope.epoch, envelope.sequence, envelope.floor_sequence
+    if not (1 <= epoch < MAX_PLACE and 1 <= sequence < MAX_PLACE):
         raise DataCorrupt("no place in an epoch")
-    if not 1 <= envelope.floor_sequence <= place.sequence:
+    if not 1 <= floor <= sequence:
         raise DataCorrupt("a floor beyond its own event")
-    return envelope.floor_sequence, place
+    return floor, Place(epoch, sequence)
 
 
 def read_place(text: str) -> Place:
@@ -244,26 +239,29 @@ def _read_record(envelope: events_pb2.EventEnvelope) -> IntentRead | OutcomeRead
     audit = envelope.audit
     kind = audit.WhichOneof("record") if payload == "audit" else None
     if kind == "started":
-        return IntentRead(*_keys(audit.started.facts), body=audit.started.SerializeToString())
+        started = audit.started
+        return IntentRead(*_keys(started.facts), body=started.SerializeToString())
     if kind == "ended":
-        outcome = int(audit.ended.outcome)
+        ended = audit.ended
+        outcome = int(ended.outcome)
         if outcome <= 0:
             raise DataCorrupt("an outcome that says nothing")
-        return OutcomeRead(*_keys(audit.ended.facts), outcome=outcome, body=audit.ended.SerializeToString())
+        return OutcomeRead(*_keys(ended.facts), outcome=outcome, body=ended.SerializeToString())
     return OtherRead(kind or "", _time_us(envelope.time), audit.SerializeToString())
 
 
 def _keys(facts: events_pb2.RequestFacts) -> tuple[str, str, str, int]:
-    if not 0 < len(facts.request_id) <= 64:
+    request_id, identity = facts.request_id, facts.identity
+    if not 0 < len(request_id) <= 64:
         raise DataCorrupt("a request without an id")
-    identity = facts.identity
-    return facts.request_id, identity.tenant_id, identity.client_id, _time_us(facts.receive_time)
+    return request_id, identity.tenant_id, identity.client_id, _time_us(facts.receive_time)
 
 
 def _time_us(time: Timestamp) -> int:
-    if abs(time.seconds) > MAX_SECONDS or not 0 <= time.nanos < 10**9:
+    seconds, nanos = time.seconds, time.nanos
+    if abs(seconds) > MAX_SECONDS or not 0 <= nanos < 10**9:
         raise DataCorrupt("a time beyond the years 1 to 9999")
-    return time.seconds * 1_000_000 + time.nanos // 1000
+    return seconds * 1_000_000 + nanos // 1000
 
 
 def _tag(message: type[Message], field: str) -> bytes:
