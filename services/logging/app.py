@@ -42,6 +42,8 @@ from services.mesh.watching import REVOCATIONS, watch_revocations
 
 CONSUMERS = {Topic.AUDIT: "audit-consumer", Topic.JOBS: "job-consumer", Topic.RETRY: "retry-consumer"}
 GROUP = "llmos-logging"
+AUDIT_GATHER_S = 0.2
+"""Nobody waits for an audit event, as somebody does for a job."""
 WAITING = frozenset(
     {
         "/llmos.logging.v1.AuditService/Tail",
@@ -83,6 +85,7 @@ async def build(settings: LoggingSettings, clock: Clock) -> App:
             clock,
             stalled_after_s=settings.stalled_after_s,
             on_health=partial(health.set_part, CONSUMERS[topic]),
+            gather_s=AUDIT_GATHER_S if topic is Topic.AUDIT else 0.0,
         )
         for topic, intake in intakes.items()
     ]

@@ -29,6 +29,7 @@ MAX_BATCH = 1000
 CHECK_EVERY_S = 3.0
 MAX_GOAL_AGE_S = 20.0
 MAX_LINKS = 64
+BUSY_S = 1.0
 FIRST_BACKOFF_S, MAX_BACKOFF_S = 0.2, 5.0
 
 
@@ -43,13 +44,19 @@ class TopicConsumer:
         *,
         stalled_after_s: float,
         on_health: Callable[[bool], Awaitable[None]],
+        gather_s: float = 0.0,
     ) -> None:
-        """`stalled_after_s`: with records waiting and none coming for so long, something hangs."""
+        """`stalled_after_s`: with records waiting and none coming for so long, something hangs.
+
+        `gather_s`: where batches follow each other within BUSY_S, the next one is let grow for so long. What
+        a batch costs here, at the broker and on the disk hardly depends on how many it has.
+        """
         self._source = source
         self._intake = intake
         self._clock = clock
         self._stalled_after_s = stalled_after_s
         self._on_health = on_health
+        self._gather_s = gather_s
         self._progress_s = 0.0
         self._offsets: dict[int, int] = {}
         """By partition, as the intake has them."""
@@ -184,11 +191,16 @@ class TopicConsumer:
 
     async def _read_on(self) -> None:
         """Until something fails or hangs."""
+        busy_until_s = 0.0
         while True:
             until_check_s = self._checked_s + CHECK_EVERY_S - self._clock.monotonic()
             stored = await self.step(MAX_BATCH, max(until_check_s, 0.0))
             if stored:
                 await self._on_health(True)
+                now_s = self._clock.monotonic()
+                if self._gather_s and stored < MAX_BATCH and now_s < busy_until_s:
+                    await self._clock.sleep(self._gather_s)
+                busy_until_s = now_s + self._gather_s + BUSY_S
             if self._clock.monotonic() - self._checked_s >= CHECK_EVERY_S:
                 self._checked_s = self._clock.monotonic()
                 if not await self.check():

@@ -45,6 +45,10 @@ comes, so this delays none. `ends` goes over the same connection and is answered
 below REQUEST_TIMEOUT_S."""
 LOOK_AROUND_MS = 2000
 """So often aiokafka's reader looks whether its partitions are others; ours stay until it is opened anew."""
+HOLD_S = 0.5
+"""So long aiokafka's reader waits for us to take what it has of a partition, before it asks for the others
+alone: the broker may hold that question for FETCH_WAIT_S, and until then nobody asks for the first one. More
+than our pauses between polls."""
 TOPIC_ALREADY_EXISTS = 36
 
 
@@ -162,6 +166,7 @@ class KafkaSource:
             async with asyncio.timeout(CONNECT_TIMEOUT_S):
                 await ensure_topic(self._settings, self._topic)
                 await consumer.start()
+                consumer._fetcher._prefetch_backoff = HOLD_S  # nothing public sets it; 0.1 without
                 partitions = await self._partitions(consumer)
                 consumer.assign(partitions)
                 ends = await consumer.end_offsets(partitions)

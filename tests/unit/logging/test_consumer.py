@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from functools import partial
 from pathlib import Path
 
@@ -15,7 +16,7 @@ from services.logging.schedule.store import DeadLetter, DeadLetterFilter
 from services.logging.store import RecordFilter
 from services.logging.stores.memory import MemoryStore
 from services.logging.stores.sqlite import SqliteStore
-from services.mesh.broker import Record
+from services.mesh.broker import ReceivedRecord, Record
 from services.mesh.clock import ManualClock
 from tests.framework.audit_path import (
     DirectWatermarks,
@@ -157,6 +158,55 @@ async def test_a_gateway_that_never_comes_back_is_fenced_once_logging_has_read_e
     await clock.advance(20)
     await consumer.check()
     assert await outcomes(logging._store) == {"left": "ABORTED"}
+
+
+class Batches:
+    """An `Intake` that keeps what it was given."""
+
+    topic = "llmos.audit.v1"
+
+    def __init__(self) -> None:
+        self.taken: list[list[bytes]] = []
+
+    async def offsets(self) -> dict[int, int]:
+        return {}
+
+    async def take(self, records: Sequence[ReceivedRecord], offsets: Mapping[int, int]) -> None:
+        self.taken.append([record.value for record in records])
+
+    async def read_all(self, until_s: float) -> None:
+        """Nothing waits for it."""
+
+
+async def test_where_batches_follow_each_other_the_next_one_is_let_grow() -> None:
+    clock, broker, intake = ManualClock(), MemoryBroker(), Batches()
+
+    async def on_health(healthy: bool) -> None:
+        """Nobody asks."""
+
+    consumer = consumer_module.TopicConsumer(
+        MemorySource(broker), intake, clock, stalled_after_s=30, on_health=on_health, gather_s=0.2
+    )
+
+    async def come(*values: bytes) -> None:
+        for value in values:
+            await broker.append(0, [Record(b"p", value)])
+
+    async with running(consumer):
+        await come(b"alone")
+        await eventually(lambda: intake.taken == [[b"alone"]])
+        await come(b"next")
+        await eventually(lambda: clock.sleepers == 1)
+        await come(b"third")
+        await come(b"fourth")
+        assert intake.taken == [[b"alone"], [b"next"]]
+        await clock.advance(0.2)
+        await eventually(lambda: intake.taken[2:] == [[b"third", b"fourth"]])
+        await eventually(lambda: clock.sleepers == 1)
+        await clock.advance(2)
+        await come(b"alone again")
+        await eventually(lambda: intake.taken[3:] == [[b"alone again"]])
+        assert clock.sleepers == 0
 
 
 async def test_a_batch_links_to_the_traces_that_it_comes_from(tmp_path: Path) -> None:
