@@ -111,7 +111,7 @@ async def build(settings: GatewaySettings, clock: Clock) -> App:
 
     # The record of what is done here.
     spool = Spool.open(
-        settings.state_dir / "spool.db",
+        settings.state_dir / "spool",
         source=settings.service,
         instance=settings.name,
         mode=settings.audit_mode,

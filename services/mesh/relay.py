@@ -11,7 +11,6 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
-import sqlite3
 from collections.abc import Awaitable, Callable
 from typing import Protocol
 
@@ -48,7 +47,7 @@ HEARTBEAT_S = 10.0
 """Between reports, while nothing is: logging fences who is silent."""
 FIRST_BACKOFF_S, MAX_BACKOFF_S = 0.2, 5.0
 
-_Failures = (LlmosError, OSError, sqlite3.Error)
+_Failures = (LlmosError, OSError)
 
 
 class WatermarkSource(Protocol):

@@ -11,7 +11,7 @@ A request has one intent at most and one outcome: more are refused with StateCon
 intent is right for a request that was refused before it began. Jobs go the same way (`append_job`), in three
 quarters of the room; where they cannot be written they are refused in either mode, and the submitter is told.
 
-`spool_file` has the SQL, `spool_writer` the thread, `spool_ledger` the limits, `spool_gap` the count of
+`spool_file` has the files, `spool_writer` the thread, `spool_ledger` the limits, `spool_gap` the count of
 what was turned away, `spool_anonymous` those of refusals; `relay` takes what is here to Kafka.
 """
 
@@ -20,7 +20,6 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
-import sqlite3
 from collections.abc import Mapping
 from enum import StrEnum
 from pathlib import Path
@@ -34,7 +33,8 @@ from services.mesh.event_codec import EventEncoder
 from services.mesh.events import OtherEvent, RequestEnded, RequestStarted
 from services.mesh.jobs import JobRequested, RetryRequested
 from services.mesh.spool_anonymous import AnonymousCounts
-from services.mesh.spool_file import Append, Gap, Holding, Opened, SpooledEvent, SpoolFile
+from services.mesh.spool_file import Opened, SpooledEvent, SpoolFile
+from services.mesh.spool_frames import Append, Gap
 from services.mesh.spool_gap import GapCounter
 from services.mesh.spool_ledger import OpenIntent, SpoolLedger
 from services.mesh.spool_waiting import Waiting, failed, refuse
@@ -77,7 +77,7 @@ class Spool:
         max_anonymous: int,
     ) -> None:
         self._file = file
-        self._writer = SpoolWriter(file, self._recovered)
+        self._writer = SpoolWriter(file)
         self.ledger = ledger
         self._source = source
         self._mode = mode
@@ -117,10 +117,10 @@ class Spool:
         anonymous_interval_s: float = 60.0,
         max_anonymous: int = 256,
     ) -> Spool:
-        """A spool on `path`; the file is touched by `start` only.
+        """A spool in the folder `path`, which is touched by `start` only.
 
         `source` is the service, `instance` the replica that the producer's name begins with. `max_bytes`
-        bounds what is held, about as the file's size. `append_timeout_s` bounds how long a caller waits for
+        bounds what is held, about as the files' size. `append_timeout_s` bounds how long a caller waits for
         a hanging disk: by default 5 s in `strict` mode and 0.25 s otherwise.
         """
         mode = Mode(mode)
@@ -297,7 +297,7 @@ class Spool:
         self._anonymous.add(source_address, reason)
 
     async def read_after(self, mark: Place, max_events: int, max_bytes: int) -> list[SpooledEvent]:
-        """The next events in order. Raises OSError or sqlite3.Error where the disk fails."""
+        """The next events in order. Raises OSError where the disk fails."""
         events: list[SpooledEvent] = await self._writer.call(
             lambda: self._file.read_after(mark, max_events, max_bytes)
         )
@@ -340,10 +340,6 @@ class Spool:
             self.ledger.withdraw(len(append.body))
         self.ledger.open.pop(append.outcome_of, None)
 
-    def _recovered(self, holding: Holding) -> None:
-        logger.warning("the audit spool's disk works again")
-        self.ledger.found(self.ledger.epoch, holding)
-
     def _append_other(self, event: OtherEvent, gap: Gap | None = None) -> asyncio.Future[bool] | None:
         """Whether it was written, once that is known; None where there is no room. `gap` is what is left to
         be recorded with it."""
@@ -378,7 +374,7 @@ class Spool:
             return 0.0
         try:
             oldest_s = await self._writer.call(self._file.oldest_time_s)
-        except (OSError, sqlite3.Error):
+        except OSError:
             return self.oldest_age_s + HOUSEKEEPING_S
         return 0.0 if oldest_s is None else max(0.0, self._clock.now().timestamp() - float(oldest_s))
 

@@ -1,60 +1,52 @@
-"""The spool's file: one SQLite database, used by one thread of one process.
+"""The spool's files: a log of frames in segments, used by one thread of one process.
 
-WAL with synchronous=NORMAL: what was committed survives the process, and a power loss may take the last
-commits; FULL in `strict`. A group with a job in it is always FULL, since its submitter forgets it; so is the
-beginning of an epoch, so that no place is ever used twice.
-The locking mode is EXCLUSIVE: a second process that opens the file is refused, and no shared memory file is
-needed.
+What was committed survives the process: it is with the system. It is on the disk (fdatasync) in `strict`,
+where a group has a job, since its submitter forgets it, at the beginning of an epoch, so that no place is
+ever used twice, and of a segment; otherwise a power loss may take the last groups.
 """
 
 from __future__ import annotations
 
 import contextlib
+import logging
+import os
 import re
 import secrets
-import sqlite3
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
 
 from msgspec import Struct
 
-from services.mesh import spool_rows, spool_schema
-from services.mesh.audit_protocol import HeldEpoch, Place
+from services.mesh import spool_import, spool_segments
+from services.mesh.audit_protocol import START, Place
 from services.mesh.broker import Topic
 from services.mesh.event_codec import EventEncoder
+from services.mesh.spool_frames import (
+    Append,
+    Begun,
+    Damaged,
+    Frame,
+    Gap,
+    Group,
+    Head,
+    Left,
+    Torn,
+    Trimmed,
+    grouped,
+)
+from services.mesh.spool_segments import LastSegment, Segment
+from services.mesh.spool_state import Holding, SpoolState
+
+logger = logging.getLogger(__name__)
+
+SEGMENT_BYTES = 4 << 20
+"""A segment that has so much beyond what it began with is followed by another one."""
+IDLE_SEGMENT_BYTES = 64 << 10
+"""The same where nothing is held: what is forgotten shall not stay on the disk for long."""
 
 
-@dataclass(slots=True)
-class Gap:
-    """What could not be written, and is not yet recorded as an event."""
-
-    dropped: int = 0
-    refused: int = 0
-    first_s: float = 0.0
-    last_s: float = 0.0
-
-    def __bool__(self) -> bool:
-        return bool(self.dropped or self.refused)
-
-
-class Append(Struct, frozen=True):
-    """An event to be written. At most one of `intent_of` and `outcome_of` is set, to a request's id."""
-
-    body: bytes
-    time_s: float
-    """When it happened, in seconds since 1970."""
-    traceparent: str = ""
-    intent_of: str = ""
-    outcome_of: str = ""
-    gap: Gap | None = None
-    """What is left to be recorded, once this event is written."""
-    topic: Topic = Topic.AUDIT
-
-
-@dataclass(frozen=True, slots=True)
-class SpooledEvent:
+class SpooledEvent(Struct, frozen=True):
     """An event as it waits to be published."""
 
     place: Place
@@ -64,18 +56,8 @@ class SpooledEvent:
     topic: Topic = Topic.AUDIT
 
 
-@dataclass(frozen=True, slots=True)
-class Holding:
-    """What a spool has not yet forgotten."""
-
-    epochs: tuple[HeldEpoch, ...]
-    events: int
-    bytes: int
-
-
-@dataclass(frozen=True, slots=True)
-class Opened:
-    """What was found and done when the file was opened."""
+class Opened(Struct, frozen=True):
+    """What was found and done when the files were opened."""
 
     producer: str
     epoch: int
@@ -86,246 +68,247 @@ class Opened:
 
 
 class SpoolLocked(OSError):
-    """Another process has the file open."""
+    """Another process has the files open."""
 
 
 class SpoolUnusable(OSError):
-    """The file is no spool of ours, or is damaged."""
+    """The files are no spool of ours, or are damaged."""
 
 
 class SpoolFile:
-    """All SQL of a spool. Errors of the disk come as sqlite3.Error or OSError."""
+    """See the module. Errors of the disk come as OSError, and leave everything as it was before the call."""
 
-    def __init__(self, path: Path, *, source: str, instance: str, durable: bool) -> None:
-        self._path = path
+    def __init__(self, folder: Path, *, source: str, instance: str, durable: bool) -> None:
+        self._folder = folder
         self._source = source
         self._instance = instance
-        self._synchronous = "FULL" if durable else "NORMAL"
-        self._synchronous_now = ""
-        self._connection: sqlite3.Connection | None = None
-        self._recovered: Holding | None = None
-        self._producer = ""
-        self._epoch = 0
-        self._last = 0
+        self._is_durable = durable
+        self._lock: int | None = None
+        self._state = SpoolState()
+        self._sealed: list[Segment] = []
+        self._active: LastSegment | None = None
+        self._cursor = (START, 0, 0)
+        """A place up to which events were read, and where the next ones are looked for: segment, offset."""
 
     def open(self, now: datetime) -> Opened:
-        """Begins a life: one transaction begins the epoch and closes what was open.
+        """Begins a life: a segment of its own begins the epoch and closes what was open.
 
         Raises SpoolLocked, SpoolUnusable, or whatever the disk says.
         """
-        self._path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
-        self._connect()
+        folder = self._folder
         try:
-            with self._transaction("FULL"):
-                self._producer = self._read_meta("producer") or self._mint()
-                self._epoch = int(self._read_meta("epoch") or 0) + 1
-                self._last = 0
-                self._write_meta("epoch", self._epoch)
-                closed = self._close_open_intents(now)
-        except sqlite3.DatabaseError as error:
+            folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+            self._lock = spool_segments.lock(folder)
+            self._recover()
+            closed = self._begin_life(now)
+        except BlockingIOError as error:
             self.close()
-            if isinstance(error, sqlite3.OperationalError) and "locked" not in str(error):
-                raise
+            raise SpoolLocked(f"the spool {folder} is in use by another process") from error
+        except (Damaged, FileExistsError) as error:
+            self.close()
             raise SpoolUnusable(
-                f"the spool {self._path} cannot be used ({error}); move it away to begin a new one, and keep "
+                f"the spool {folder} cannot be used ({error}); move it away to begin a new one, and keep "
                 "it: it may hold events that are nowhere else"
             ) from error
-        return Opened(self._producer, self._epoch, self.holding(), closed, self._read_gap())
-
-    def holding(self) -> Holding:
-        """What is in the file."""
-        db = self._reconnected()
-        held = tuple(
-            HeldEpoch(*row)
-            for row in db.execute(
-                "SELECT epoch, min(sequence), max(sequence) FROM events GROUP BY epoch ORDER BY epoch"
-            )
-        )
-        events, size = db.execute("SELECT count(*), total(length(body)) FROM events").fetchone()
-        return Holding(held, events, int(size))
+        except BaseException:
+            self.close()
+            raise
+        state = self._state
+        return Opened(state.producer, state.epoch, state.holding(), closed, state.gap)
 
     def append(self, batch: Sequence[Append]) -> list[Place | None]:
-        """Writes a batch in one transaction. The result has the events' places; None is a second outcome of
-        a request, which is left out.
+        """Writes a batch, all of it or nothing. The result has the events' places; None is a second outcome
+        of a request, which is left out.
         """
-        db = self._reconnected()
-        has_job = any(event.topic is not Topic.AUDIT for event in batch)
-        with self._transaction("FULL" if has_job else self._synchronous):
-            places, last = spool_rows.insert(db, self._epoch, self._last, batch)
-            spool_rows.note_open(db, batch, places)
-            for event, place in zip(batch, places, strict=True):
-                if event.gap is not None and place is not None:
-                    self._write_gap(event.gap)
-        self._last = last
+        state = self._state
+        second = state.second_outcomes(batch)
+        admitted = [event for at, event in enumerate(batch) if at not in second] if second else batch
+        has_job = any(event.topic is not Topic.AUDIT for event in admitted)
+        epoch, after = state.epoch, state.last
+        self._write(list(grouped(epoch, after + 1, admitted)), sync=self._is_durable or has_job)
+        places: list[Place | None] = []
+        for at in range(len(batch)):
+            if at in second:
+                places.append(None)
+            else:
+                after += 1
+                places.append(Place(epoch, after))
         return places
 
     def remember_gap(self, gap: Gap) -> None:
         """Keeps over a crash what is left to be recorded."""
-        self._reconnected()
-        with self._transaction(self._synchronous):
-            self._write_gap(gap)
+        self._write([Left(gap)], sync=self._is_durable)
 
     def read_after(self, mark: Place, max_events: int, max_bytes: int) -> list[SpooledEvent]:
-        """The next events in order; at least one, where there is one."""
+        """The next events in order; at least one, where there is one. Raises SpoolUnusable as well."""
         found: list[SpooledEvent] = []
         size = 0
-        rows = self._reconnected().execute(
-            "SELECT epoch, sequence, outcome_of, traceparent, body, topic FROM events"
-            " WHERE (epoch, sequence) > (?, ?) ORDER BY epoch, sequence LIMIT ?",
-            (*mark, max_events),
-        )
-        for epoch, sequence, outcome_of, traceparent, body, topic in rows:
-            size += len(body)
-            if found and size > max_bytes:
-                break
-            found.append(SpooledEvent(Place(epoch, sequence), outcome_of, traceparent, body, Topic(topic)))
-        rows.close()
+        for segment, offset in self._places_after(mark):
+            for group, offset_after in self._groups(segment, offset):
+                for event in self._held(group, mark):
+                    size += len(event.body)
+                    if found and (size > max_bytes or len(found) == max_events):
+                        self._cursor = (found[-1].place, segment.number, offset)
+                        return found
+                    found.append(event)
+                offset = offset_after
+            self._cursor = (found[-1].place if found else mark, segment.number, offset)
         return found
 
     def trim(self, limits: Mapping[int, int]) -> tuple[int, int]:
         """Forgets each epoch's events up to a sequence. Returns how many events and bytes that were."""
-        db = self._reconnected()
-        events = size = 0
-        with self._transaction(self._synchronous):
-            for limit in limits.items():
-                count, total = db.execute(
-                    "SELECT count(*), total(length(body)) FROM events WHERE epoch = ? AND sequence <= ?",
-                    limit,
-                ).fetchone()
-                db.execute("DELETE FROM events WHERE epoch = ? AND sequence <= ?", limit)
-                events, size = events + count, size + int(total)
-        return events, size
+        trimmed = self._state.trim(limits)
+        # Where it cannot be written down, a next life has the events again, and they are published once more.
+        with contextlib.suppress(OSError):
+            self._write([Trimmed(dict(limits))], sync=False)
+        with contextlib.suppress(OSError):
+            if self._state.is_empty and self._is_beyond(IDLE_SEGMENT_BYTES):
+                self._follow()
+            self._remove_trimmed()
+        return trimmed
 
     def begin_epoch(self, epoch: int) -> None:
         """Goes on under another epoch; what is open stays open."""
-        self._reconnected()
-        with self._transaction("FULL"):
-            self._write_meta("epoch", epoch)
-        self._epoch, self._last = epoch, 0
+        self._write([Begun(epoch)], sync=True)
 
     def oldest_time_s(self) -> float | None:
         """When the oldest event held happened."""
-        row = (
-            self._reconnected()
-            .execute("SELECT time_s FROM events ORDER BY epoch, sequence LIMIT 1")
-            .fetchone()
-        )
-        return None if row is None else float(row[0])
-
-    def take_recovered(self) -> Holding | None:
-        """What was found when the file was opened again after an error of the disk; told once."""
-        recovered, self._recovered = self._recovered, None
-        return recovered
+        return self._state.oldest_time_s
 
     def close(self) -> None:
-        """Also for after an error of the disk: the next call opens the file again, in the same epoch."""
-        connection, self._connection = self._connection, None
-        if connection is not None:
-            with contextlib.suppress(sqlite3.Error):
-                connection.close()
+        """Another process may open it then."""
+        active, self._active = self._active, None
+        if active is not None:
+            active.close()
+        lock, self._lock = self._lock, None
+        if lock is not None:
+            os.close(lock)
 
-    @property
-    def _db(self) -> sqlite3.Connection:
-        if self._connection is None:
-            raise sqlite3.OperationalError("the spool is closed")
-        return self._connection
+    def _recover(self) -> None:
+        """Reads all that is there. What a write left unfinished at the end is cut off: nobody was told."""
+        self._sealed = spool_segments.found(self._folder)
+        if not self._sealed:
+            self._import()
+        for segment in self._sealed:
+            whole = 0
+            try:
+                for frame, offset in segment.frames():
+                    self._state.apply(frame)
+                    segment.note(frame)
+                    whole = offset
+            except Torn:
+                if not whole or segment is not self._sealed[-1]:
+                    raise
+                logger.warning("the spool's last %d bytes are no whole group: cut off", segment.size - whole)
+                spool_segments.cut(segment, whole)
+        if self._sealed and not self._state.producer:
+            raise Damaged("it does not say whose it is")
 
-    def _connect(self) -> None:
-        db = sqlite3.connect(self._path, isolation_level=None, timeout=2.0, cached_statements=128)
-        self._connection = db
-        self._synchronous_now = ""
-        try:
-            db.execute("PRAGMA locking_mode = EXCLUSIVE")
-            if db.execute("PRAGMA journal_mode = WAL").fetchone() != ("wal",):
-                raise SpoolUnusable(f"the disk of {self._path} does not allow SQLite's WAL")
-            db.execute("PRAGMA journal_size_limit = 4194304")
-            with self._transaction("FULL"):
-                spool_schema.prepare(db)
-        except spool_schema.WrongFormat as error:
-            self.close()
-            raise SpoolUnusable(f"{self._path} {error}; move it away") from None
-        except sqlite3.OperationalError as error:
-            self.close()
-            if "locked" in str(error):
-                raise SpoolLocked(f"the spool {self._path} is in use by another process") from error
-            raise
-        except sqlite3.DatabaseError as error:
-            self.close()
-            raise SpoolUnusable(f"{self._path} is no spool, or is damaged ({error}); move it away") from error
-        except BaseException:
-            self.close()
-            raise
-        self._path.chmod(0o600)
+    def _import(self) -> None:
+        database = self._folder.with_suffix(".db")
+        frames = spool_import.read(database) if database.exists() else None
+        if frames is not None:
+            spool_segments.begin(self._folder, 1, frames).close()
+            self._sealed = spool_segments.found(self._folder)
+            spool_import.remove(database)
+            logger.info("the spool of a former version, %s, is now %s", database, self._folder)
 
-    def _reconnected(self) -> sqlite3.Connection:
-        """The connection, after an error a new one. What was in doubt is looked up: a commit that failed may
-        have reached the disk all the same."""
-        if self._connection is None and self._epoch:
-            self._connect()
-            (last,) = self._db.execute(
-                "SELECT coalesce(max(sequence), 0) FROM events WHERE epoch = ?", (self._epoch,)
-            ).fetchone()
-            self._last = max(self._last, last)
-            self._recovered = self.holding()
-        return self._db
-
-    @contextlib.contextmanager
-    def _transaction(self, synchronous: str) -> Iterator[None]:
-        db = self._db
-        if synchronous != self._synchronous_now:
-            db.execute(f"PRAGMA synchronous = {synchronous}")
-            self._synchronous_now = synchronous
-        db.execute("BEGIN IMMEDIATE")
-        try:
-            yield
-            db.execute("COMMIT")
-        except BaseException:
-            with contextlib.suppress(sqlite3.Error):
-                db.execute("ROLLBACK")
-            raise
+    def _begin_life(self, now: datetime) -> int:
+        """Returns how many intents were open."""
+        state = self._state
+        producer, epoch = state.producer or self._mint(), state.epoch + 1
+        encoder = EventEncoder(self._source, producer)
+        now_s = now.timestamp()
+        aborted = [
+            Append(encoder.aborted(intent.body, now), now_s, intent.traceparent, outcome_of=request_id)
+            for request_id, intent in state.open.items()
+        ]
+        frames: list[Frame] = [Head(producer, epoch, state.gap, self._trimmed(), [])]
+        frames += grouped(epoch, 1, aborted)
+        number = self._sealed[-1].number + 1 if self._sealed else 1
+        self._active = spool_segments.begin(self._folder, number, frames)
+        for frame in frames:
+            state.apply(frame)
+        self._remove_trimmed()
+        return len(aborted)
 
     def _mint(self) -> str:
         """A name that no other spool has, ever: a lost one must not come back as another's successor."""
         instance = re.sub(r"[^a-z0-9.-]", "-", self._instance.lower())[:64]
-        producer = f"{instance}-{secrets.token_hex(6)}"
-        self._write_meta("producer", producer)
-        return producer
+        return f"{instance}-{secrets.token_hex(6)}"
 
-    def _close_open_intents(self, now: datetime) -> int:
-        encoder = EventEncoder(self._source, self._producer)
-        rows = self._db.execute(
-            "SELECT request_id, traceparent, body FROM open_intents ORDER BY epoch, sequence"
-        ).fetchall()
-        for request_id, traceparent, body in rows:
-            written = self._db.execute(
-                spool_rows.INSERTS[1],
-                (
-                    self._epoch,
-                    self._last + 1,
-                    request_id,
-                    traceparent,
-                    now.timestamp(),
-                    encoder.aborted(body, now),
-                    Topic.AUDIT,
-                ),
-            ).rowcount
-            self._last += written
-        self._db.execute("DELETE FROM open_intents")
-        return len(rows)
+    def _write(self, frames: Sequence[Frame], *, sync: bool) -> None:
+        if self._is_beyond(SEGMENT_BYTES):
+            self._follow()
+            self._remove_trimmed()
+        self._last.append(frames, sync=sync)
+        for frame in frames:
+            self._state.apply(frame)
 
-    def _read_meta(self, key: str) -> str | None:
-        row = self._db.execute("SELECT value FROM meta WHERE key = ?", (key,)).fetchone()
-        return None if row is None else str(row[0])
+    @property
+    def _last(self) -> LastSegment:
+        if self._active is None:
+            raise OSError("the spool is closed")
+        return self._active
 
-    def _write_meta(self, key: str, value: str | int) -> None:
-        self._db.execute("INSERT OR REPLACE INTO meta VALUES (?, ?)", (key, value))
+    def _is_beyond(self, size: int) -> bool:
+        return self._last.size - self._last.begun_at > size
 
-    def _read_gap(self) -> Gap:
-        text = self._read_meta("gap")
-        if not text:
-            return Gap()
-        dropped, refused, first_s, last_s = text.split()
-        return Gap(int(dropped), int(refused), float(first_s), float(last_s))
+    def _follow(self) -> None:
+        """Begins the next segment. All that stands before it is on the disk then, so that nothing but the end
+        of the last one can be unfinished."""
+        state, last = self._state, self._last
+        last.sync()
+        head = Head(state.producer, state.epoch, state.gap, self._trimmed(), list(state.open.values()))
+        self._active = spool_segments.begin(self._folder, last.number + 1, [head])
+        last.close()
+        self._sealed.append(last)
 
-    def _write_gap(self, gap: Gap) -> None:
-        self._write_meta("gap", f"{gap.dropped} {gap.refused} {gap.first_s!r} {gap.last_s!r}" if gap else "")
+    def _trimmed(self) -> dict[int, int]:
+        """By epoch: up to where events that stand in a segment are forgotten."""
+        limits: dict[int, int] = {}
+        for segment in [*self._sealed, *([self._active] if self._active else [])]:
+            for epoch, last in segment.last.items():
+                floor = self._state.floor(epoch)
+                limits[epoch] = last if floor is None else floor - 1
+        return limits
+
+    def _remove_trimmed(self) -> None:
+        for segment in list(self._sealed):
+            floors = ((self._state.floor(epoch), last) for epoch, last in segment.last.items())
+            if all(floor is None or last < floor for floor, last in floors):
+                spool_segments.remove(segment)
+                self._sealed.remove(segment)
+
+    def _places_after(self, mark: Place) -> list[tuple[Segment, int]]:
+        """The segments that may have events after a place, each with the offset from which on."""
+        place, number, offset = self._cursor
+        segments = [*self._sealed, self._last]
+        if place != mark:
+            return [(segment, 0) for segment in segments if segment.end > mark]
+        return [
+            (segment, offset if segment.number == number else 0)
+            for segment in segments
+            if segment.number >= number
+        ]
+
+    def _groups(self, segment: Segment, offset: int) -> Iterator[tuple[Group, int]]:
+        """Those from an offset on, each with the offset after it."""
+        try:
+            for frame, offset_after in segment.frames(offset):
+                if isinstance(frame, Group):
+                    yield frame, offset_after
+        except Damaged as error:
+            raise SpoolUnusable(f"the spool's file {segment.path} is damaged ({error})") from error
+
+    def _held(self, group: Group, mark: Place) -> Iterator[SpooledEvent]:
+        """The events of a group that are held, and after a place."""
+        floor = self._state.floor(group.epoch)
+        if floor is None:
+            return
+        for sequence, event in enumerate(group.events, group.first):
+            place = Place(group.epoch, sequence)
+            if sequence >= floor and place > mark:
+                yield SpooledEvent(
+                    place, event.outcome_of or None, event.traceparent, event.body, event.topic
+                )

@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import asyncio
 import logging
-import sqlite3
 from collections.abc import Awaitable, Callable
-from dataclasses import replace
 from datetime import UTC, datetime
+
+from msgspec.structs import replace
 
 from services.mesh.clock import Clock
 from services.mesh.events import SpoolGap
-from services.mesh.spool_file import Gap
+from services.mesh.spool_frames import Gap
 
 logger = logging.getLogger(__name__)
 
@@ -82,7 +82,7 @@ class GapCounter:
             while self._is_new:
                 self._is_new = False
                 await self._remember(replace(self._gap))
-        except (OSError, sqlite3.Error):
+        except OSError:
             self._is_new = True
         finally:
             self._writing = None

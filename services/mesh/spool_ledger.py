@@ -6,10 +6,10 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 from services.mesh.audit_protocol import MAX_HELD_EPOCHS, HeldEpoch, Place, ProducerReport
-from services.mesh.spool_file import Holding
+from services.mesh.spool_state import Holding
 
 EVENT_OVERHEAD_BYTES = 160
-"""What a row costs beside its body: keys, indexes, its share of pages."""
+"""What an event costs beside its body: its request's id, its trace, its share of frames."""
 
 
 @dataclass(slots=True)
@@ -86,7 +86,7 @@ class SpoolLedger:
         self.held_events -= events
 
     def found(self, epoch: int, holding: Holding) -> None:
-        """The file was opened, at the start or after an error of the disk: what it has is what counts."""
+        """The file was opened: what it has is what counts."""
         self._spans = {held.epoch: (held.floor, held.last) for held in holding.epochs}
         self.held_events = holding.events
         self.held_bytes = holding.bytes + EVENT_OVERHEAD_BYTES * holding.events

@@ -9,14 +9,14 @@ from __future__ import annotations
 import asyncio
 import logging
 import queue
-import sqlite3
 import threading
 from collections.abc import Callable
 from functools import partial
 from typing import Any
 
 from services.mesh.audit_protocol import Place
-from services.mesh.spool_file import Append, Holding, SpoolFile
+from services.mesh.spool_file import SpoolFile
+from services.mesh.spool_frames import Append
 
 logger = logging.getLogger(__name__)
 
@@ -33,10 +33,8 @@ AppendDone = Callable[[Place | None, Exception | None], None]
 class SpoolWriter:
     """Owns the thread. `start` and everything else is called on the event loop."""
 
-    def __init__(self, file: SpoolFile, recovered: Callable[[Holding], None]) -> None:
-        """`recovered` hears what the file has, when it was opened again after an error of the disk."""
+    def __init__(self, file: SpoolFile) -> None:
         self._file = file
-        self._recovered = recovered
         self._queue: queue.SimpleQueue[list[tuple[Any, Any]]] = queue.SimpleQueue()
         self._pending: list[tuple[Any, Any]] = []
         """What has come in since the event loop's last turn: handed over at once, since each waking of the
@@ -132,9 +130,7 @@ class SpoolWriter:
                 if what is None:
                     going = False
                     break
-                result = self._called(what, *whom)
-                self._tell_recovered(results)
-                results.append(result)
+                results.append(self._called(what, *whom))
             self._write(group, results)
             if not going:
                 self._file.close()
@@ -146,20 +142,12 @@ class SpoolWriter:
             return
         try:
             places = self._file.append([event for event, _ in group])
-        except (sqlite3.Error, OSError) as error:
+        except OSError as error:
             logger.error("the audit spool cannot write: %s", error)  # noqa: TRY400
-            self._file.close()
             failure = error
-            self._tell_recovered(results)
             results.extend(partial(done, None, failure) for _, done in group)
             return
-        self._tell_recovered(results)
         results.extend(partial(done, place, None) for (_, done), place in zip(group, places, strict=True))
-
-    def _tell_recovered(self, results: list[Callable[[], None]]) -> None:
-        holding = self._file.take_recovered()
-        if holding is not None:
-            results.append(lambda: self._recovered(holding))
 
     def _called(
         self, function: Callable[[], Any], future: asyncio.Future[Any], then: Callable[[Any], None] | None
@@ -167,8 +155,6 @@ class SpoolWriter:
         try:
             result = function()
         except Exception as error:
-            if isinstance(error, sqlite3.Error):
-                self._file.close()
             failure = error
             return lambda: None if future.done() else future.set_exception(failure)
 

@@ -6,7 +6,6 @@ import asyncio
 import os
 import random
 import signal
-import sqlite3
 import sys
 from pathlib import Path
 
@@ -19,6 +18,7 @@ from services.mesh.clock import ManualClock
 from services.mesh.errors import StateConflict
 from services.mesh.event_codec import IntentRead, OutcomeRead
 from services.mesh.events import EngineChange, EngineChanged, Outcome
+from services.mesh.spool_frames import MAGIC
 from tests.framework.audit_path import ended, make_spool, running, serve, started
 from tests.framework.spool_story import events, story
 from tests.framework.waiting import eventually
@@ -27,7 +27,7 @@ ROOT = Path(__file__).resolve().parents[2]
 
 
 async def test_events_have_places_without_a_gap_and_outcomes_their_own_id(tmp_path: Path) -> None:
-    spool = make_spool(tmp_path / "spool.db")
+    spool = make_spool(tmp_path / "spool")
     async with running(spool):
         await serve(spool, "a")
         await spool.append_ended(ended("refused", Outcome.REJECTED))
@@ -57,25 +57,25 @@ async def test_events_have_places_without_a_gap_and_outcomes_their_own_id(tmp_pa
 async def test_a_name_is_made_once_and_each_life_is_an_epoch(tmp_path: Path) -> None:
     names = []
     for life in (1, 2, 3):
-        spool = make_spool(tmp_path / "spool.db")
+        spool = make_spool(tmp_path / "spool")
         async with running(spool):
             assert spool.ledger.epoch == life
             names.append(spool.producer)
             await serve(spool, f"r{life}")
     assert len(set(names)) == 1
-    other = make_spool(tmp_path / "lost-and-new.db")
+    other = make_spool(tmp_path / "lost-and-new")
     async with running(other):
         assert other.producer not in names
         assert other.producer.startswith("gateway-0-")
 
 
 async def test_what_a_dead_process_left_open_is_closed_as_aborted(tmp_path: Path) -> None:
-    first = make_spool(tmp_path / "spool.db")
+    first = make_spool(tmp_path / "spool")
     async with running(first):
         await serve(first, "done")
         for request_id in ("left", "too"):
             await first.append_started(started(request_id))
-    second = make_spool(tmp_path / "spool.db")
+    second = make_spool(tmp_path / "spool")
     async with running(second):
         assert story(await events(second))[-2:] == [
             (Place(2, 1), "left ABORTED"),
@@ -86,13 +86,13 @@ async def test_what_a_dead_process_left_open_is_closed_as_aborted(tmp_path: Path
         report = second.report()
         assert report.held == (HeldEpoch(1, 1, 4), HeldEpoch(2, 1, 2))
         assert report.settled_before == Place(2, 3)
-    third = make_spool(tmp_path / "spool.db")
+    third = make_spool(tmp_path / "spool")
     async with running(third):
         assert len(await events(third)) == 6, "closed once"
 
 
 async def test_a_second_intent_or_outcome_is_refused(tmp_path: Path) -> None:
-    spool = make_spool(tmp_path / "spool.db")
+    spool = make_spool(tmp_path / "spool")
     async with running(spool):
         await spool.append_started(started("a"))
         with pytest.raises(StateConflict):
@@ -115,7 +115,7 @@ async def test_an_intent_that_is_not_urgent_waits_until_somebody_waits_for_it(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("services.mesh.spool.SPACING_S", 3600.0)
-    spool = make_spool(tmp_path / "spool.db")
+    spool = make_spool(tmp_path / "spool")
     async with running(spool):
         await spool.append_started(started("first"))
         waiting = [spool.append_started(started(name), urgent=False) for name in "ab"]
@@ -128,7 +128,7 @@ async def test_an_intent_that_is_not_urgent_waits_until_somebody_waits_for_it(
 
 
 async def test_trimming_keeps_what_is_above(tmp_path: Path) -> None:
-    spool = make_spool(tmp_path / "spool.db")
+    spool = make_spool(tmp_path / "spool")
     async with running(spool):
         await serve(spool, "a", "b")
         assert await spool.trim({1: 3}) == 3
@@ -140,44 +140,43 @@ async def test_trimming_keeps_what_is_above(tmp_path: Path) -> None:
         assert await spool.trim({1: 4, 5: 2}) == 3
         assert (spool.ledger.events, spool.ledger.bytes) == (0, 0)
         assert spool.report().settled_before == Place(5, 3)
-    again = make_spool(tmp_path / "spool.db")
+    again = make_spool(tmp_path / "spool")
     async with running(again):
         assert again.ledger.epoch == 6
 
 
 async def test_a_second_process_is_refused_with_a_sentence(tmp_path: Path) -> None:
-    spool = make_spool(tmp_path / "spool.db")
+    spool = make_spool(tmp_path / "spool")
     async with running(spool):
-        other = make_spool(tmp_path / "spool.db")
+        other = make_spool(tmp_path / "spool")
         with pytest.raises(OSError, match="in use by another process"):
             await other.start()
         await other.stop()
 
 
-@pytest.mark.parametrize("content", [b"not a database" * 100, b"SQLite format 3\0" + b"\xff" * 4096])
+@pytest.mark.parametrize("content", [b"not a spool" * 100, b"", MAGIC, MAGIC + b"\xff" * 4096, b"llmosSP9"])
 async def test_a_damaged_file_is_refused_with_a_sentence(tmp_path: Path, content: bytes) -> None:
-    path = tmp_path / "spool.db"
-    path.write_bytes(content)
+    path = tmp_path / "spool"
+    path.mkdir()
+    (path / "000000000001.log").write_bytes(content)
     spool = make_spool(path)
-    with pytest.raises(OSError, match=r"spool\.db.*move it away"):
+    with pytest.raises(OSError, match=r"spool cannot be used.*move it away"):
         await spool.start()
     await spool.stop()
-    assert path.read_bytes() == content
+    assert (path / "000000000001.log").read_bytes() == content
 
 
-async def test_another_programs_database_is_refused(tmp_path: Path) -> None:
-    path = tmp_path / "spool.db"
-    with sqlite3.connect(path) as db:
-        db.execute("CREATE TABLE other (x)")
-    spool = make_spool(path)
-    with pytest.raises(OSError, match="no spool of this version"):
+async def test_a_file_where_the_folder_should_be_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "spool").write_text("mine")
+    spool = make_spool(tmp_path / "spool")
+    with pytest.raises(OSError, match="cannot be used"):
         await spool.start()
     await spool.stop()
 
 
 async def test_r25_anonymous_refusals_are_counted_not_kept(tmp_path: Path) -> None:
     clock = ManualClock()
-    spool = make_spool(tmp_path / "spool.db", clock, anonymous_interval_s=60.0, max_anonymous=100)
+    spool = make_spool(tmp_path / "spool", clock, anonymous_interval_s=60.0, max_anonymous=100)
     async with running(spool):
         for number in range(100_000):
             spool.count_anonymous(f"2001:db8::{number % 5000:x}", "CREDENTIAL_MISSING")
@@ -191,10 +190,10 @@ async def test_r25_anonymous_refusals_are_counted_not_kept(tmp_path: Path) -> No
 
 
 async def test_counts_of_anonymous_refusals_are_written_at_a_stop(tmp_path: Path) -> None:
-    spool = make_spool(tmp_path / "spool.db")
+    spool = make_spool(tmp_path / "spool")
     async with running(spool):
         spool.count_anonymous("192.0.2.1", "CREDENTIAL_INVALID")
-    again = make_spool(tmp_path / "spool.db")
+    again = make_spool(tmp_path / "spool")
     async with running(again):
         assert [what for _, what in story(await events(again))] == ["anonymous_rejected"]
 
@@ -230,7 +229,7 @@ async def test_r30_what_was_acknowledged_survives_sigkill(tmp_path: Path, mode: 
     seed = random.SystemRandom().randrange(10**9)
     print(f"seed {seed}")
     rng = random.Random(seed)
-    path = tmp_path / "spool.db"
+    path = tmp_path / "spool"
     begun: set[str] = set()
     done: set[str] = set()
     for _ in range(4):
@@ -265,7 +264,7 @@ async def test_r30_what_was_acknowledged_survives_sigkill(tmp_path: Path, mode: 
 
 
 async def test_a_caller_that_is_cancelled_leaves_the_intent_to_its_outcome(tmp_path: Path) -> None:
-    spool = make_spool(tmp_path / "spool.db")
+    spool = make_spool(tmp_path / "spool")
     async with running(spool):
         task = asyncio.ensure_future(spool.append_started(started("a")))
         await asyncio.sleep(0)

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import sqlite3
 from pathlib import Path
 
 import pytest
 
-from services.mesh import event_codec, job_codec, spool_schema
+from services.mesh import event_codec, job_codec
 from services.mesh.audit_protocol import START, HeldEpoch, Place
 from services.mesh.broker import Topic
 from services.mesh.errors import AuditUnavailable, MessageTooLarge
@@ -33,14 +32,14 @@ async def job_events(spool: Spool) -> list[tuple[Place, Topic, JobEvent]]:
 
 async def test_jobs_have_places_among_the_audit_events(tmp_path: Path) -> None:
     retry = RetryRequested(job("job_2"), "req_2", "REPLICA_LOST", 1)
-    spool = make_spool(tmp_path / "spool.db")
+    spool = make_spool(tmp_path / "spool")
     async with running(spool):
         await serve(spool, "a")
         await spool.append_job(job("job_1"))
         await spool.append_started(started("b"))
         await spool.append_job(retry)
     # What a process has acknowledged is there for the next.
-    spool = make_spool(tmp_path / "spool.db")
+    spool = make_spool(tmp_path / "spool")
     async with running(spool):
         assert await job_events(spool) == [
             (Place(1, 3), Topic.JOBS, job("job_1")),
@@ -55,7 +54,7 @@ async def test_jobs_have_places_among_the_audit_events(tmp_path: Path) -> None:
 async def test_r29_a_job_is_refused_where_the_spool_is_full_and_leaves_room_for_audit_events(
     mode: str, tmp_path: Path
 ) -> None:
-    spool = make_spool(tmp_path / "spool.db", mode=mode, max_events=100)
+    spool = make_spool(tmp_path / "spool", mode=mode, max_events=100)
     async with running(spool):
         for number in range(75):
             await spool.append_job(job(f"job_{number}"))
@@ -74,7 +73,7 @@ async def test_r29_a_job_is_refused_where_the_spool_is_full_and_leaves_room_for_
 
 @pytest.mark.parametrize("mode", ["strict", "permissive"])
 async def test_r29_a_full_disk_refuses_jobs(mode: str, tmp_path: Path) -> None:
-    path = tmp_path / "spool.db"
+    path = tmp_path / "spool"
     spool = make_spool(path, mode=mode)
     async with running(spool):
         await spool.append_job(job("before"))
@@ -86,7 +85,7 @@ async def test_r29_a_full_disk_refuses_jobs(mode: str, tmp_path: Path) -> None:
 
 
 async def test_a_spool_that_is_stopped_takes_no_job(tmp_path: Path) -> None:
-    spool = make_spool(tmp_path / "spool.db")
+    spool = make_spool(tmp_path / "spool")
     async with running(spool):
         pass
     with pytest.raises(AuditUnavailable):
@@ -94,7 +93,7 @@ async def test_a_spool_that_is_stopped_takes_no_job(tmp_path: Path) -> None:
 
 
 async def test_a_job_may_be_as_large_as_kafka_takes_and_is_read_alone(tmp_path: Path) -> None:
-    spool = make_spool(tmp_path / "spool.db")
+    spool = make_spool(tmp_path / "spool")
     async with running(spool):
         for number in range(3):
             large = job(f"job_{number}", request=Sealed("k", b"x" * (job_codec.MAX_EVENT_BYTES - 500)))
@@ -102,43 +101,3 @@ async def test_a_job_may_be_as_large_as_kafka_takes_and_is_read_alone(tmp_path: 
             assert len(await spool.read_after(Place(1, number), 100, 1000)) == 1
         with pytest.raises(MessageTooLarge):
             await spool.append_job(job(request=Sealed("k", b"x" * job_codec.MAX_EVENT_BYTES)))
-
-
-def as_format_1(path: Path) -> None:
-    """Makes of a spool what the version before had."""
-    db = sqlite3.connect(path)
-    db.execute("ALTER TABLE events DROP COLUMN topic")
-    db.execute("PRAGMA user_version = 1")
-    db.commit()
-    db.close()
-
-
-async def test_a_file_of_format_1_keeps_its_events_and_takes_jobs(tmp_path: Path) -> None:
-    path = tmp_path / "spool.db"
-    spool = make_spool(path)
-    async with running(spool):
-        await serve(spool, "a")
-        await spool.append_started(started("open"))
-        producer, before = spool.producer, await spool.read_after(START, 10, 1 << 20)
-    as_format_1(path)
-    for life in (2, 3):
-        spool = make_spool(path)
-        async with running(spool):
-            assert spool.producer == producer
-            found = await spool.read_after(START, 10, 1 << 20)
-            assert found[:3] == before
-            assert found[3].outcome_of == "open"
-            await spool.append_job(job(f"job_{life}"))
-            assert [topic for _, topic, _ in await job_events(spool)] == [Topic.JOBS] * (life - 1)
-    assert spool_schema.FORMAT == 2, "a file of each older format is opened here"
-
-
-async def test_a_file_of_a_later_format_is_refused(tmp_path: Path) -> None:
-    path = tmp_path / "spool.db"
-    async with running(make_spool(path)):
-        pass
-    db = sqlite3.connect(path)
-    db.execute("PRAGMA user_version = 3")
-    db.close()
-    with pytest.raises(OSError, match="format 3, not 2"):
-        await make_spool(path).start()

@@ -21,7 +21,7 @@ from tests.framework.waiting import eventually
 
 async def test_r29_a_full_spool_drops_with_an_exact_count_and_keeps_room_for_outcomes(tmp_path: Path) -> None:
     clock = ManualClock()
-    spool = make_spool(tmp_path / "spool.db", clock, max_events=20)
+    spool = make_spool(tmp_path / "spool", clock, max_events=20)
     async with running(spool):
         for number in range(30):
             await spool.append_started(started(f"r{number}"))
@@ -40,7 +40,7 @@ async def test_r29_a_full_spool_drops_with_an_exact_count_and_keeps_room_for_out
 
 
 async def test_r29_a_strict_spool_refuses_and_counts(tmp_path: Path) -> None:
-    spool = make_spool(tmp_path / "spool.db", mode="strict", max_events=4)
+    spool = make_spool(tmp_path / "spool", mode="strict", max_events=4)
     async with running(spool):
         await spool.append_started(started("a"))
         await spool.append_started(started("b"))
@@ -57,12 +57,12 @@ async def test_r29_a_strict_spool_refuses_and_counts(tmp_path: Path) -> None:
 
 
 async def test_r29_the_count_of_what_was_dropped_survives_a_crash(tmp_path: Path) -> None:
-    spool = make_spool(tmp_path / "spool.db", max_events=2)
+    spool = make_spool(tmp_path / "spool", max_events=2)
     async with running(spool):
         await spool.append_started(started("a"))
         for number in range(7):
             await spool.append_started(started(f"r{number}"))
-    again = make_spool(tmp_path / "spool.db")
+    again = make_spool(tmp_path / "spool")
     async with running(again):
         await again.trim({1: 1})
         await eventually(lambda: again.ledger.held_events == 2)
@@ -70,7 +70,7 @@ async def test_r29_the_count_of_what_was_dropped_survives_a_crash(tmp_path: Path
 
 
 async def test_the_spool_is_bounded_in_bytes(tmp_path: Path) -> None:
-    spool = make_spool(tmp_path / "spool.db", max_bytes=64 * 1024)
+    spool = make_spool(tmp_path / "spool", max_bytes=64 * 1024)
     async with running(spool):
         for number in range(500):
             await spool.append_started(started(f"r{number}"))
@@ -98,7 +98,7 @@ def disk_full(path: Path) -> Iterator[None]:
 
 
 async def test_r29_a_full_disk_drops_and_counts_and_loses_no_outcome(tmp_path: Path) -> None:
-    path = tmp_path / "spool.db"
+    path = tmp_path / "spool"
     spool = make_spool(path)
     async with running(spool):
         await spool.append_started(started("before"))
@@ -130,7 +130,7 @@ async def test_r29_a_full_disk_drops_and_counts_and_loses_no_outcome(tmp_path: P
 
 
 async def test_r29_a_full_disk_refuses_where_strict(tmp_path: Path) -> None:
-    path = tmp_path / "spool.db"
+    path = tmp_path / "spool"
     spool = make_spool(path, mode="strict")
     async with running(spool):
 
@@ -146,7 +146,7 @@ async def test_r29_a_full_disk_refuses_where_strict(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("mode", ["permissive", "strict"])
 async def test_a_disk_that_hangs_holds_no_caller(tmp_path: Path, mode: str) -> None:
-    spool = make_spool(tmp_path / "spool.db", mode=mode, append_timeout_s=0.05)
+    spool = make_spool(tmp_path / "spool", mode=mode, append_timeout_s=0.05)
     async with running(spool):
         disk_works = threading.Event()
         hanging = asyncio.ensure_future(spool._writer.call(disk_works.wait))

@@ -54,7 +54,7 @@ class AuditPath:
         self.topic = self.settings.topic_name(Topic.AUDIT)
         self.folder = folder
         self.watermarks = DirectWatermarks()
-        self.spool = make_spool(folder / "spool.db")
+        self.spool = make_spool(folder / "spool")
         self.relay = make_relay(self.spool, KafkaPublisher(self.settings), self.watermarks)
         self.logging = self.new_logging()
 

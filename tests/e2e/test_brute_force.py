@@ -5,11 +5,9 @@ from __future__ import annotations
 import asyncio
 import collections
 import os
-import sqlite3
 import statistics
 import sys
 import time
-from contextlib import closing
 from datetime import UTC, datetime
 from typing import Any
 
@@ -25,7 +23,8 @@ from llmos.gateway.v1 import model_service_pb2, model_service_pb2_grpc
 from llmos.inference.v1 import fleet_service_pb2, fleet_service_pb2_grpc
 
 from services.auth.credentials.keys import new_api_key
-from services.mesh import errors, status
+from services.mesh import errors, spool_segments, status
+from services.mesh.spool_frames import Group
 from tests.conftest import MeshFactory
 from tests.framework.access_tokens import forgeries
 from tests.framework.mesh import MeshHarness
@@ -77,16 +76,16 @@ async def token_of(mesh: MeshHarness, client: httpx.AsyncClient) -> str:
 
 
 def refusals_in_spool(mesh: MeshHarness) -> tuple[int, collections.Counter[str]]:
-    """How many rows count refusals, and how many refusals they count, by reason's number."""
+    """How many events count refusals, and how many refusals they count, by reason's number."""
     counted, rows = collections.Counter[str](), 0
-    with closing(sqlite3.connect(mesh.state.of("gateway") / "spool.db")) as database:
-        for (body,) in database.execute("SELECT body FROM events"):
-            envelope = events_pb2.EventEnvelope()
-            envelope.ParseFromString(body)
-            if envelope.audit.HasField("anonymous_rejected"):
-                rows += 1
-                refused = envelope.audit.anonymous_rejected
-                counted[refused.source_address] += refused.count
+    segments = spool_segments.found(mesh.state.of("gateway") / "spool")
+    groups = [frame for each in segments for frame, _ in each.frames() if isinstance(frame, Group)]
+    for event in (event for group in groups for event in group.events):
+        envelope = events_pb2.EventEnvelope.FromString(event.body)
+        if envelope.audit.HasField("anonymous_rejected"):
+            rows += 1
+            refused = envelope.audit.anonymous_rejected
+            counted[refused.source_address] += refused.count
     return rows, counted
 
 

@@ -161,7 +161,7 @@ class RealWorld:
     async def open(self, gateway: int) -> None:
         if gateway not in self._paths:
             self._names += 1
-            self._paths[gateway] = self._folder / f"spool-{gateway}-{self._names}.db"
+            self._paths[gateway] = self._folder / f"spool-{gateway}-{self._names}"
         live = self._gateways[gateway] = _Gateway(self, gateway, self._paths[gateway])
         await live.spool.start()
         self._owners[live.spool.producer] = gateway

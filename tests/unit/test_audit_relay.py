@@ -37,7 +37,7 @@ class World:
         self.broker = MemoryBroker()
         self.publisher = MemoryPublisher(self.broker)
         self.watermarks = DirectWatermarks()
-        self.spool = make_spool(folder / "spool.db")
+        self.spool = make_spool(folder / "spool")
         self.relay = make_relay(self.spool, self.publisher, self.watermarks, **options)
         self.store = MemoryStore()
         self.logging = LoggingProcess(self.store, partial(MemorySource, self.broker), self.watermarks)
@@ -140,7 +140,7 @@ async def test_r28_a_stop_does_not_wait_for_a_broker_that_hangs(tmp_path: Path) 
             self.closed = True
 
     publisher = Hanging()
-    spool = make_spool(tmp_path / "spool.db")
+    spool = make_spool(tmp_path / "spool")
     relay = make_relay(spool, publisher, DirectWatermarks(), stop_timeout_s=0.2)
     async with running(spool):
         await relay.start()
@@ -157,7 +157,7 @@ async def test_a_silent_producer_reports_all_the_same(tmp_path: Path) -> None:
     clock = ManualClock()
     watermarks = DirectWatermarks()
     spool = Spool.open(
-        tmp_path / "spool.db",
+        tmp_path / "spool",
         source="gateway",
         instance="g",
         mode="permissive",

@@ -46,7 +46,7 @@ async def dead_letters(logging: LoggingProcess) -> list[DeadLetter]:
 
 async def test_poison_among_good_records_becomes_dead_letters(tmp_path: Path) -> None:
     broker = MemoryBroker()
-    spool = make_spool(tmp_path / "spool.db")
+    spool = make_spool(tmp_path / "spool")
     logging = process(broker)
     relay = make_relay(spool, MemoryPublisher(broker), logging._watermarks)
     async with running(spool, logging):
@@ -69,7 +69,7 @@ async def test_poison_among_good_records_becomes_dead_letters(tmp_path: Path) ->
 async def test_a_damaged_event_does_not_hold_its_producer_up(tmp_path: Path) -> None:
     """Its header tells its place, so what is above can be trimmed."""
     broker = MemoryBroker()
-    spool = make_spool(tmp_path / "spool.db")
+    spool = make_spool(tmp_path / "spool")
     logging = process(broker)
     relay = make_relay(spool, MemoryPublisher(broker), logging._watermarks)
     async with running(spool):
@@ -85,7 +85,7 @@ async def test_a_damaged_event_does_not_hold_its_producer_up(tmp_path: Path) -> 
 
 async def test_a_consumer_that_hangs_is_told_by_health_and_opened_anew(tmp_path: Path) -> None:
     broker = MemoryBroker()
-    spool = make_spool(tmp_path / "spool.db")
+    spool = make_spool(tmp_path / "spool")
     logging = process(broker, stalled_after_s=0.5)
     source = logging.source
     assert isinstance(source, MemorySource)
@@ -121,7 +121,7 @@ async def test_a_database_that_fails_is_told_by_health(tmp_path: Path) -> None:
     broker = MemoryBroker()
     store = SqliteStore(tmp_path / "audit.db")
     logging = LoggingProcess(store, partial(MemorySource, broker), DirectWatermarks())
-    spool = make_spool(tmp_path / "spool.db")
+    spool = make_spool(tmp_path / "spool")
     async with running(spool, logging):
         await eventually(lambda: logging.source.opened == 1)  # type: ignore[attr-defined]
         await store.stop()
@@ -138,7 +138,7 @@ async def test_a_gateway_that_never_comes_back_is_fenced_once_logging_has_read_e
 ) -> None:
     clock = ManualClock()
     broker = MemoryBroker()
-    spool = make_spool(tmp_path / "spool.db")
+    spool = make_spool(tmp_path / "spool")
     logging = process(broker, clock, fence_after_s=600)
     async with running(spool):
         await spool.append_started(started("left"))
@@ -214,7 +214,7 @@ async def test_a_batch_links_to_the_traces_that_it_comes_from(tmp_path: Path) ->
     provider = TracerProvider()
     provider.add_span_processor(SimpleSpanProcessor(exporter))
     broker = MemoryBroker()
-    spool = make_spool(tmp_path / "spool.db")
+    spool = make_spool(tmp_path / "spool")
     logging = process(broker)
     consumer_module._tracer, before = provider.get_tracer("test"), consumer_module._tracer
     try:

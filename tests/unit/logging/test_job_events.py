@@ -45,7 +45,7 @@ class World:
     def __init__(self, folder: Path, clock: ManualClock | None = None, bounds: Bounds | None = None) -> None:
         self.broker = MemoryBroker()
         self.watermarks = DirectWatermarks()
-        self.spool = make_spool(folder / "spool.db")
+        self.spool = make_spool(folder / "spool")
         self.relay = make_relay(self.spool, MemoryPublisher(self.broker), self.watermarks)
         self.clock = clock
         self.scheduled = MemoryScheduleStore(Machine(Rules(), lambda: 0.5), bounds or Bounds())
