@@ -161,13 +161,16 @@ class Relay:
                     await wait_at_most(self._clock, hurried, BUSY_GATHER_S - GATHER_S)
                 appended.clear()
                 hurried.clear()
-                while await self.publish_once():
+                # What comes while these are published is the next batch: it is gathered, too.
+                last = self._spool.ledger.last
+                while self._plan.mark < last and await self.publish_once():
                     busy_until_s = self._clock.monotonic() + BUSY_S
             except BaseException:
                 appended.set()
+                # A stop does not wait for a broker that is away.
+                self._idle.set()
                 raise
-            finally:
-                # Also after a failure: a stop does not wait for a broker that is away.
+            if not appended.is_set():
                 self._idle.set()
 
         await self._forever("publish audit events", publish_all)

@@ -112,6 +112,11 @@ class SpoolLedger:
         return self._spans.get(epoch, (1, 0))[0]
 
     @property
+    def last(self) -> Place:
+        """Of all that was written."""
+        return Place(self.epoch, self.last_sequence)
+
+    @property
     def oldest_held(self) -> Place | None:
         if not self._spans:
             return None

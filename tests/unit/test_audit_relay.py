@@ -12,7 +12,7 @@ from services.logging.stores.memory import MemoryStore
 from services.mesh.audit_protocol import Place, PublishPlan
 from services.mesh.broker import Record
 from services.mesh.clock import ManualClock
-from services.mesh.relay import HEARTBEAT_S, Relay
+from services.mesh.relay import BUSY_GATHER_S, GATHER_S, HEARTBEAT_S, Relay
 from services.mesh.spool import Spool
 from tests.framework.audit_path import (
     DirectWatermarks,
@@ -150,6 +150,37 @@ async def test_r28_a_stop_does_not_wait_for_a_broker_that_hangs(tmp_path: Path) 
         assert time.monotonic() - begun < 2
         assert publisher.closed
         assert spool.ledger.held_events == 2
+
+
+async def test_what_comes_while_a_batch_is_published_is_gathered(tmp_path: Path) -> None:
+    """Under a steady load batches would follow each other at once, each with what little came meanwhile."""
+
+    class Slow(MemoryPublisher):
+        sizes: list[int]
+
+        async def publish(self, records: Sequence[Record]) -> None:
+            self.sizes.append(len(records))
+            await taken.wait()
+
+    clock, taken = ManualClock(), asyncio.Event()
+    publisher = Slow(MemoryBroker())
+    publisher.sizes = []
+    spool = make_spool(tmp_path / "spool", clock)
+    plan = PublishPlan()
+    relay = Relay(spool, publisher, DirectWatermarks(), clock, plan=plan)
+    async with running(spool, relay):
+        await serve(spool, "a")
+        await clock.advance(GATHER_S)
+        await eventually(lambda: publisher.sizes == [2])
+        await serve(spool, "b")
+        taken.set()
+        await eventually(lambda: plan.mark == Place(1, 2))
+        await serve(spool, "c")
+        await clock.advance(BUSY_GATHER_S - 0.01)
+        await serve(spool, "d")
+        assert publisher.sizes == [2]
+        await clock.advance(0.02)
+        await eventually(lambda: publisher.sizes == [2, 6])
 
 
 async def test_a_silent_producer_reports_all_the_same(tmp_path: Path) -> None:

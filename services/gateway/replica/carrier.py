@@ -29,7 +29,7 @@ OPEN_AGAIN_S = 1.0
 CALL_BYTES = 32 * 1024
 """A longer one would hold up the others."""
 MESSAGE_BYTES = 128 * 1024
-SPACING_S = 0.004
+SPACING_S = 0.006
 """Between two messages, while BUSY_CALLS or more are under way: a message costs both sides more than a call
 in it."""
 BUSY_CALLS = 4
