@@ -303,12 +303,13 @@ class SpoolFile:
 
     def _held(self, group: Group, mark: Place) -> Iterator[SpooledEvent]:
         """The events of a group that are held, and after a place."""
-        floor = self._state.floor(group.epoch)
-        if floor is None:
+        epoch = group.epoch
+        first = self._state.floor(epoch)
+        if first is None or epoch < mark.epoch:
             return
-        for sequence, event in enumerate(group.events, group.first):
-            place = Place(group.epoch, sequence)
-            if sequence >= floor and place > mark:
-                yield SpooledEvent(
-                    place, event.outcome_of or None, event.traceparent, event.body, event.topic
-                )
+        if epoch == mark.epoch:
+            first = max(first, mark.sequence + 1)
+        skipped = max(0, first - group.first)
+        for sequence, event in enumerate(group.events[skipped:], group.first + skipped):
+            place = Place(epoch, sequence)
+            yield SpooledEvent(place, event.outcome_of or None, event.traceparent, event.body, event.topic)

@@ -36,7 +36,7 @@ from services.mesh.errors import LlmosError
 from services.mesh.slowdown import Slowdown
 from tests.bench import report
 from tests.bench.auth_subjects import Deployment, Policy, deployment, shapes
-from tests.bench.figures import Aim, Spread, ratio
+from tests.bench.figures import Aim, Spread, ratio, rounds_from
 from tests.bench.progress import Progress
 from tests.framework.gateway_fakes import FakeAudit
 
@@ -226,7 +226,7 @@ def _cell(taken_s: Sequence[float]) -> str:
 
 def main(argv: Sequence[str]) -> int:
     parser = argparse.ArgumentParser(prog="python -m tests.bench.auth", description=__doc__)
-    parser.add_argument("--rounds", type=int, default=25)
+    parser.add_argument("--rounds", type=rounds_from, default=25)
     given = parser.parse_args(argv)
     try:
         with tempfile.TemporaryDirectory(prefix="llmos-bench-") as folder:

@@ -21,6 +21,7 @@ from services.inference.models import ModelUnusable
 from services.inference.settings import InferenceSettings
 from tests.bench import report, rounds
 from tests.bench.alone import Alone
+from tests.bench.figures import rounds_from
 from tests.bench.options import arguments as engine_arguments
 from tests.bench.progress import Progress
 from tests.bench.rounds import Plan, Rounds
@@ -126,7 +127,7 @@ def arguments(argv: Sequence[str]) -> argparse.Namespace:
     """Ends the program where they make no sense."""
     parser = argparse.ArgumentParser(prog="python -m tests.bench.batch", description="Measures batches.")
     parser.add_argument("--prompts", type=int, default=500)
-    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--rounds", type=rounds_from, default=3)
     parser.add_argument("--prompt-tokens", type=int, default=48)
     parser.add_argument("--max-tokens", type=int, default=64)
     parser.add_argument("--dtype", default="auto", help="as bench-engine's")

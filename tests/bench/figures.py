@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import statistics
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -54,3 +55,12 @@ class Aim:
 
 def _short(value: float) -> str:
     return f"{value:.3g}" if abs(value) < 100 else f"{value:.0f}"
+
+
+def rounds_from(text: str) -> int:
+    """How many rounds an argument of the command line asks for. Raises ArgumentTypeError: of none there is
+    nothing to say."""
+    rounds = int(text)
+    if rounds < 1:
+        raise argparse.ArgumentTypeError(f"at least one round, not {rounds}")
+    return rounds

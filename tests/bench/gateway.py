@@ -20,7 +20,7 @@ from deploy.dev.environment import ROOT
 from deploy.dev.ports import PortReservations
 from tests.bench import gateway_figures as figures
 from tests.bench import report
-from tests.bench.figures import Aim
+from tests.bench.figures import Aim, rounds_from
 from tests.bench.gateway_figures import Memory, Round, Streamed, Unary
 from tests.bench.gateway_load import MODEL, Job, Target, prompt
 from tests.bench.gateway_others import Bare, LiteLlm, Smg, versions
@@ -347,7 +347,7 @@ async def bench(wanted: Sequence[str], size: Size, folder: Path, say: Progress, 
 
 def main(argv: Sequence[str]) -> int:
     parser = argparse.ArgumentParser(prog="python -m tests.bench.gateway", description=__doc__)
-    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--rounds", type=rounds_from, default=5)
     parser.add_argument("--short", action="store_true", help="each part a third as long, or less")
     every = (*SUBJECTS, MEMORY, PRICE)
     parser.add_argument("--subjects", default=",".join(every), help="with commas; not given: all of them")

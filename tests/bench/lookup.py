@@ -22,7 +22,7 @@ from services.inference.models import ModelUnusable
 from services.inference.settings import InferenceSettings
 from tests.bench import report
 from tests.bench.alone import Alone
-from tests.bench.figures import Aim, Spread, ratio
+from tests.bench.figures import Aim, Spread, ratio, rounds_from
 from tests.bench.progress import Progress
 from tests.bench.rounds import one
 from tests.bench.work import CannotMeasure, Work
@@ -106,7 +106,7 @@ async def bench(rounds: int, folder: Path, say: Progress) -> None:
 
 def main(argv: Sequence[str]) -> int:
     parser = argparse.ArgumentParser(prog="python -m tests.bench.lookup", description=__doc__)
-    parser.add_argument("--rounds", type=int, default=15)
+    parser.add_argument("--rounds", type=rounds_from, default=15)
     given = parser.parse_args(argv)
     try:
         with tempfile.TemporaryDirectory(prefix="llmos-bench-") as folder:

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from tests.bench import report
+from tests.bench.figures import rounds_from
 
 FLOATS = ("float32", "bfloat16")
 BLOCKS = ("q8", "q4")
@@ -43,7 +44,7 @@ class Options:
 def arguments(argv: Sequence[str]) -> Options:
     """Ends the program where they make no sense."""
     parser = argparse.ArgumentParser(prog="python -m tests.bench.engine", description="Measures engines.")
-    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--rounds", type=rounds_from, default=5)
     parser.add_argument("--streams", default="1,8,32", help="how many at once, with commas")
     parser.add_argument("--prompt-tokens", type=int, default=100)
     parser.add_argument("--max-tokens", type=int, default=96)

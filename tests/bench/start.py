@@ -22,7 +22,7 @@ from deploy.dev.environment import ROOT
 from deploy.dev.ports import PortReservations
 from services.inference.models import PACKAGED_MODEL_ID, ModelUnusable, open_packaged
 from tests.bench import report
-from tests.bench.figures import Aim, Spread
+from tests.bench.figures import Aim, Spread, rounds_from
 from tests.bench.progress import Progress
 from tests.bench.subject import cpu_s
 from tests.bench.through_gateway import Platform
@@ -147,7 +147,7 @@ def _table(starts: Sequence[Start]) -> Table:
 
 def main(argv: Sequence[str]) -> int:
     parser = argparse.ArgumentParser(prog="python -m tests.bench.start", description=__doc__)
-    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--rounds", type=rounds_from, default=5)
     rounds = parser.parse_args(argv).rounds
     models = Path(os.environ.get("LLMOS_MODELS_DIR") or ROOT / ".state" / "models")
     try:

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import random
 from collections.abc import Mapping
+from types import ModuleType
 
 import psutil
 import pytest
 
-from tests.bench import report, rounds
+from tests.bench import auth, batch, engine, gateway, lookup, report, rounds, start
 from tests.bench.aims import aims
 from tests.bench.check import compare
 from tests.bench.figures import Aim, Spread, ratio
@@ -171,3 +172,13 @@ def test_a_ratio_is_taken_round_by_round() -> None:
     assert str(Spread(1.2345, 1, 200)) == "1.23 (1..200)"
     assert Aim("x", Spread(0.95, 0, 1), 0.95).met
     assert not Aim("x", Spread(0.95, 0, 1), 0.9, at_most=True).met
+
+
+@pytest.mark.parametrize("bench", [auth, batch, engine, gateway, lookup, start])
+@pytest.mark.parametrize("rounds", ["0", "-1", "many"])
+def test_a_bench_without_a_round_is_refused_with_a_sentence(
+    bench: ModuleType, rounds: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit):
+        bench.main([f"--rounds={rounds}"])
+    assert "argument --rounds: " in capsys.readouterr().err
