@@ -5,8 +5,9 @@ from __future__ import annotations
 import asyncio
 import inspect
 import logging
-from collections.abc import AsyncIterator, Awaitable, Callable, Iterable
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Sequence
 from contextlib import aclosing
+from functools import lru_cache
 from typing import Any, cast
 from urllib.parse import unquote
 
@@ -86,19 +87,20 @@ class GrpcServer:
         self._running = running
         self._names: list[str] = [HEALTH, reflection.SERVICE_NAME]
         self._tls = TlsFiles.of(settings)
-        self._interceptor = _ChainInterceptor(
+        self._handlers = _ChainHandlers(
             chain, write_timeout_s=settings.write_timeout_s, validate=validate, proxies=proxies
         )
-        self._server = grpc.aio.server(interceptors=[self._interceptor], options=server_options(settings))
+        self._server = grpc.aio.server(options=server_options(settings))
+        self._server.add_generic_rpc_handlers((self._handlers,))
         self._stopping: asyncio.Task[None] | None = None
-        self._unregistered = cast("grpc.aio.Server", _Unregistered(self._server))
-        health_pb2_grpc.add_HealthServicer_to_server(health.servicer, self._unregistered)
+        self._collecting = cast("grpc.aio.Server", _Collecting(self._handlers))
+        health_pb2_grpc.add_HealthServicer_to_server(health.servicer, self._collecting)
         self._probes: grpc.aio.Server | None = None
         self.ports: dict[str, int] = {}
 
     async def add(self, register: Callable[[Any, Any], None], servicer: object, service_name: str) -> None:
         """`register` is the generated `add_…_to_server`."""
-        register(servicer, self._unregistered)
+        register(servicer, self._collecting)
         self._names.append(service_name)
         await self._health.add_service(service_name)
 
@@ -106,7 +108,7 @@ class GrpcServer:
         """Opens the listeners. Raises OSError with a sentence where a port is taken."""
         reflected = reflection.aio.ReflectionServicer(self._names)
         register: Any = reflection_pb2_grpc.add_ServerReflectionServicer_to_server
-        register(reflected, self._unregistered)
+        register(reflected, self._collecting)
         host = self._settings.listen_host
         self.ports["grpc"] = _bind(self._server, host, self._settings.grpc_port, self._tls)
         if self._settings.probe_port is not None:
@@ -127,7 +129,7 @@ class GrpcServer:
         cancelled = await self._running.drain(grace_s)
         if cancelled:
             logger.warning("cancelled %d calls that outlasted the drain's grace of %g s", cancelled, grace_s)
-        self._interceptor.cancel_infrastructure()
+        self._handlers.cancel_infrastructure()
         await asyncio.shield(self._stopping)
 
     async def close_probes(self) -> None:
@@ -135,15 +137,15 @@ class GrpcServer:
             await self._probes.stop(0)
 
 
-class _Unregistered:
-    """A server as generated code sees it, which is not told the names of methods beforehand.
+class _Collecting:
+    """A server as generated code sees it. The real one is not told the names of methods beforehand.
 
     For each name that it is told, grpc.aio keeps a task that waits for a call of it, and with each call it
     waits for all of them anew. The gateway has fifty.
     """
 
-    def __init__(self, server: grpc.aio.Server) -> None:
-        self.add_generic_rpc_handlers = server.add_generic_rpc_handlers
+    def __init__(self, handlers: _ChainHandlers) -> None:
+        self.add_generic_rpc_handlers = handlers.add
 
     def add_registered_method_handlers(self, service_name: str, method_handlers: object) -> None:
         """The generic handlers have them all."""
@@ -161,11 +163,12 @@ def _bind(server: grpc.aio.Server, host: str, port: int, tls: TlsFiles | None) -
     return bound
 
 
-class _ChainInterceptor(grpc.aio.ServerInterceptor):
-    """Puts the chain around every handler.
+class _ChainHandlers(grpc.GenericRpcHandler):
+    """All handlers of a server, each with the chain around it.
 
-    The wrappers of streams are plain coroutines that write, not generators: so a timeout or an error in a
-    link and one in a write surface in the same place.
+    Not an interceptor: that is one more coroutine of grpc.aio's for each call. The wrappers of streams are
+    plain coroutines that write, not generators: so a timeout or an error in a link and one in a write surface
+    in the same place.
     """
 
     def __init__(
@@ -175,8 +178,9 @@ class _ChainInterceptor(grpc.aio.ServerInterceptor):
         self._proxies = proxies
         self._write_timeout_s = write_timeout_s
         self._validate = validate
-        self._handlers: dict[str, grpc.RpcMethodHandler[Any, Any]] = {}
-        """By method: those that the server has, each wrapped once."""
+        self._services: list[grpc.GenericRpcHandler] = []
+        self._wrapped_once: dict[str, grpc.RpcMethodHandler[Any, Any]] = {}
+        """By method, of those that were called."""
         self._infrastructure: set[asyncio.Task[Any]] = set()
         self._stopping = False
 
@@ -186,20 +190,21 @@ class _ChainInterceptor(grpc.aio.ServerInterceptor):
         for task in tuple(self._infrastructure):
             task.cancel()
 
-    async def intercept_service(
-        self,
-        continuation: Callable[[grpc.HandlerCallDetails], Awaitable[grpc.RpcMethodHandler[Any, Any] | None]],
-        details: grpc.HandlerCallDetails,
-    ) -> grpc.RpcMethodHandler[Any, Any] | None:
+    def add(self, services: Sequence[grpc.GenericRpcHandler]) -> None:
+        """What generated code calls, for each service."""
+        self._services += services
+
+    def service(self, details: grpc.HandlerCallDetails) -> grpc.RpcMethodHandler[Any, Any] | None:
+        """What grpc.aio calls, for each call."""
         method = details.method
-        known = self._handlers.get(method)
+        known = self._wrapped_once.get(method)
         if known is not None:
             return known
-        handler = await continuation(details)
+        found = (service.service(details) for service in self._services)
+        handler = next((handler for handler in found if handler is not None), None)
         if handler is None:
-            return handler
-        wrapped = self._wrapped(method, handler)
-        self._handlers[method] = wrapped
+            return None
+        wrapped = self._wrapped_once[method] = self._wrapped(method, handler)
         return wrapped
 
     def _wrapped(
@@ -380,6 +385,7 @@ def _trailers(call: Call) -> tuple[tuple[str, str], ...]:
     return (*_identifying(call), *call.context.response_metadata.items())
 
 
+@lru_cache(maxsize=1024)
 def peer_address(peer: str) -> str:
     """The address in gRPC's notation of a peer, such as `ipv4:127.0.0.1:4711`, without the port."""
     kind, _, rest = unquote(peer).partition(":")

@@ -87,6 +87,8 @@ class SpoolFile:
         self._state = SpoolState()
         self._sealed: list[Segment] = []
         self._active: LastSegment | None = None
+        self._must_follow = False
+        """A segment after the active one may be there, though it could not be begun."""
         self._cursor = (START, 0, 0)
         """A place up to which events were read, and where the next ones are looked for: segment, offset."""
 
@@ -161,10 +163,9 @@ class SpoolFile:
         # Where it cannot be written down, a next life has the events again, and they are published once more.
         with contextlib.suppress(OSError):
             self._write([Trimmed(dict(limits))], sync=False)
-        with contextlib.suppress(OSError):
             if self._state.is_empty and self._is_beyond(IDLE_SEGMENT_BYTES):
                 self._follow()
-            self._remove_trimmed()
+        self._remove_trimmed()
         return trimmed
 
     def begin_epoch(self, epoch: int) -> None:
@@ -238,7 +239,7 @@ class SpoolFile:
         return f"{instance}-{secrets.token_hex(6)}"
 
     def _write(self, frames: Sequence[Frame], *, sync: bool) -> None:
-        if self._is_beyond(SEGMENT_BYTES):
+        if self._must_follow or self._is_beyond(SEGMENT_BYTES):
             self._follow()
             self._remove_trimmed()
         self._last.append(frames, sync=sync)
@@ -256,11 +257,14 @@ class SpoolFile:
 
     def _follow(self) -> None:
         """Begins the next segment. All that stands before it is on the disk then, so that nothing but the end
-        of the last one can be unfinished."""
+        of the last one can be unfinished. Where that fails, nothing is written before it has succeeded: the
+        next life would believe a segment that says less than the one before it."""
+        self._must_follow = True
         state, last = self._state, self._last
         last.sync()
         head = Head(state.producer, state.epoch, state.gap, self._trimmed(), list(state.open.values()))
         self._active = spool_segments.begin(self._folder, last.number + 1, [head])
+        self._must_follow = False
         last.close()
         self._sealed.append(last)
 
@@ -277,8 +281,9 @@ class SpoolFile:
         for segment in list(self._sealed):
             floors = ((self._state.floor(epoch), last) for epoch, last in segment.last.items())
             if all(floor is None or last < floor for floor, last in floors):
-                spool_segments.remove(segment)
-                self._sealed.remove(segment)
+                with contextlib.suppress(OSError):  # the next one to look tries again
+                    spool_segments.remove(segment)
+                    self._sealed.remove(segment)
 
     def _places_after(self, mark: Place) -> list[tuple[Segment, int]]:
         """The segments that may have events after a place, each with the offset from which on."""

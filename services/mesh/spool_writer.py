@@ -146,7 +146,7 @@ class SpoolWriter:
             return
         try:
             places = self._file.append([event for event, _ in group])
-        except OSError as error:
+        except Exception as error:
             logger.error("the audit spool cannot write: %s", error)  # noqa: TRY400
             failure = error
             results.extend(partial(done, None, failure) for _, done in group)

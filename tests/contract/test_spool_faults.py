@@ -220,3 +220,24 @@ def test_r30_faults_at_any_call_lose_nothing_that_was_acknowledged(
         assert watched.held() == []
         assert len(list((Path(folder) / "spool").glob("*.log"))) == 1, "what is forgotten is removed"
         watched.file.close()
+
+
+@pytest.mark.parametrize("fault", [Fault.EIO, Fault.ENOSPC])
+@pytest.mark.parametrize("call", range(10))
+def test_r30_a_segment_that_could_not_be_begun_is_not_believed(
+    call: int, fault: Fault, tmp_path: Path
+) -> None:
+    """It may be there all the same, and say less than the one before it, if that one were written to."""
+    with faulty_disk() as disk:
+        watched = Watched(tmp_path / "spool", disk, durable=False)
+        watched.open()
+        watched.append(3, 3)
+        disk.fault, disk.fail_at = fault, call
+        watched.trim(1.0)
+        disk.fail_at = None
+        watched.append(2, 1)
+        watched.append(2, 1)
+        watched.open()
+        assert len(watched.begun) == 7
+        assert watched.begun == watched.ended
+        watched.file.close()

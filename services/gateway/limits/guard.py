@@ -23,7 +23,7 @@ MAX_HOLD_S = 3600.0
 class Ticket:
     """What one request has reserved."""
 
-    __slots__ = ("_completion_tokens", "_hold", "_limiter", "_price", "_prompt_tokens")
+    __slots__ = ("_completion_tokens", "_hold", "_is_settled", "_limiter", "_price", "_prompt_tokens")
 
     def __init__(
         self, limiter: Limiter, hold: Hold, price: ModelPrice, prompt_tokens: int, completion_tokens: int
@@ -33,6 +33,7 @@ class Ticket:
         self._price = price
         self._prompt_tokens = prompt_tokens
         self._completion_tokens = completion_tokens
+        self._is_settled = not hold.limits
 
     def correct(self, prompt_tokens: int) -> None:
         """The engine has counted the prompt."""
@@ -43,8 +44,9 @@ class Ticket:
 
     def settle(self, usage: Usage | None) -> None:
         """The request has used this; None: no work was begun for it. Only the first time counts."""
-        if not self._hold.limits:
+        if self._is_settled:
             return
+        self._is_settled = True
         if usage is None:
             self._limiter.settle(self._hold, NOTHING)
             return

@@ -357,7 +357,9 @@ async def test_a_reader_that_takes_nothing_loses_its_stream(tmp_path: Path) -> N
         handler = grpc.method_handlers_generic_handler(
             "test.Flood", {"Flood": grpc.unary_stream_rpc_method_handler(flood)}
         )
-        harness.server._server.add_generic_rpc_handlers((handler,))
+        await harness.server.add(
+            lambda _, server: server.add_generic_rpc_handlers((handler,)), None, "test.Flood"
+        )
         metadata = [("authorization", "Bearer right")]
         call = harness.channel.unary_stream("/test.Flood/Flood")(b"", metadata=metadata)
         await call.read()
