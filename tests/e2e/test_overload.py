@@ -22,15 +22,17 @@ from tests.framework.identities import Identities
 from tests.framework.mesh import MeshHarness
 from tests.framework.waiting import eventually
 
-SECONDS = float(os.environ.get("LLMOS_OVERLOAD_SECONDS", "6"))
+SECONDS = float(os.environ.get("LLMOS_OVERLOAD_SECONDS", "8"))
 LONG = SECONDS >= 30
 QUANTILE, GROWTH, REFUSED_S = (0.99, 2, 0.05) if LONG else (0.5, 5, 0.2)
 """The rows' figures hold in the long run, on a machine that does nothing else. In the short one a 99th
 percentile is the slowest request, and other tests run beside it: it sees what is much too slow."""
 PLACES = 4
-FIRST_S, REST_S = 0.2, 0.05
+FIRST_S, REST_S = (0.2, 0.05) if LONG else (0.4, 0.1)
+"""A place comes free when these have passed, and the queue's patience is made of them: beside other tests
+they are longer than a machine's pauses, and ten times what can be served is half as many."""
 CAPACITY_PER_S = PLACES / (FIRST_S + REST_S)
-DEADLINE_S = 2.0
+DEADLINE_S = 10 * FIRST_S
 SEED = int(os.environ.get("LLMOS_OVERLOAD_SEED", "1"))
 CHANCE = random.Random(SEED)
 
