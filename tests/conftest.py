@@ -8,6 +8,7 @@ from collections.abc import AsyncIterator, Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import hypothesis
 import pytest
 
 from deploy.dev.broker import Broker
@@ -22,6 +23,10 @@ from tests.framework.postgres import WITHOUT, PostgresServer, programs
 # As in the engine's process (docs/decisions/0021): threads of torch that spin while they wait take the cores
 # from each other wherever tests run side by side.
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+
+# How long an example takes is the machine's affair: beside other work more than hypothesis allows by default.
+hypothesis.settings.register_profile("llmos", deadline=None, print_blob=True)
+hypothesis.settings.load_profile("llmos")
 
 MeshFactory = Callable[..., MeshHarness]
 ROOT = Path(__file__).parents[1]
