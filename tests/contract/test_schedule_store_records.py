@@ -11,6 +11,7 @@ from services.logging.schedule.job import (
     CancelledByTenant,
     Postponed,
     Succeeded,
+    from_us,
     to_us,
 )
 from services.logging.schedule.machine import webhook_id
@@ -82,6 +83,15 @@ async def test_a_batch_that_waits_is_due_when_the_last_of_its_jobs_has_ended(sch
     assert taken.changed == ("job-1", "b")
     (woken,) = (await schedule.claim("w", 9, LEASE, NOW + 4 * S)).claims
     assert (woken.job.job_id, woken.job.attempts) == ("b", 1)
+
+
+async def test_a_claim_that_ends_the_last_job_of_a_batch_finds_the_batch(schedule: ScheduleStore) -> None:
+    late = requested("late", batch_id="b", give_up_time=from_us(NOW + S), not_before=from_us(NOW + S))
+    waiting = requested("b", kind=JobKind.BATCH, not_before=from_us(NOW + 20 * S))
+    await schedule.accept([waiting, late], NOW)
+    found = await schedule.claim("w", 9, LEASE, NOW + 2 * S)
+    assert [claim.job.job_id for claim in found.claims] == ["b"]
+    assert found.dead == {"DEADLINE_EXCEEDED": 1}
 
 
 async def test_a_batch_is_cancelled_in_pieces_and_with_what_comes_after(

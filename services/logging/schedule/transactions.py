@@ -107,7 +107,8 @@ class Transactions:
             if job is None:
                 continue
             step = self._machine.step(job, TimeUp(), now_us)
-            if not step.taken:
+            ended = step.taken
+            if not ended:
                 step = self._machine.step(job, Claimed(worker, lease_us), now_us)
                 if not step.taken:  # the clock went back
                     continue
@@ -117,6 +118,8 @@ class Transactions:
                 size += weight_of((step.job, request))
                 rows.serve(tenant_id, now_us + number)
             self._write(rows, job, step, now_us, done)
+            if ended:  # its end may have made its batch due
+                rows.fall_due(now_us)
             heapq.heappush(turns, (running, now_us + number, tenant_id))
         return Claims(tuple(claims), rows.next_due_us(now_us), tuple(done.changed), done.dead)
 
