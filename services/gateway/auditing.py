@@ -255,6 +255,8 @@ class AuditTrail:
             write = record.end(error, self._clock.now())
         else:
             write = asyncio.create_task(self._end_later(record, intent, error))
+        if write.done() and write.exception() is None:
+            return
         self._writes.add(write)
         write.add_done_callback(partial(self._ended, record.request_id))
 

@@ -11,8 +11,8 @@ A request has one intent at most and one outcome: more are refused with StateCon
 intent is right for a request that was refused before it began. Jobs go the same way (`append_job`), in three
 quarters of the room; where they cannot be written they are refused in either mode, and the submitter is told.
 
-`spool_file` has the files, `spool_writer` the thread, `spool_ledger` the limits, `spool_gap` the count of
-what was turned away, `spool_anonymous` those of refusals; `relay` takes what is here to Kafka.
+`spool_file` has the files, `spool_writer` the ways to them, `spool_ledger` the limits, `spool_gap` the count
+of what was turned away, `spool_anonymous` those of refusals; `relay` takes what is here to Kafka.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ import asyncio
 import contextlib
 import logging
 from collections.abc import Mapping
-from enum import StrEnum
+from functools import partial
 from pathlib import Path
 
 from services.mesh import job_codec
@@ -37,8 +37,8 @@ from services.mesh.spool_file import Opened, SpooledEvent, SpoolFile
 from services.mesh.spool_frames import Append, Gap
 from services.mesh.spool_gap import GapCounter
 from services.mesh.spool_ledger import OpenIntent, SpoolLedger
-from services.mesh.spool_waiting import Waiting, failed, refuse
-from services.mesh.spool_writer import SPACING_S, AppendDone, SpoolWriter
+from services.mesh.spool_waiting import Mode, Waiting, failed, refuse
+from services.mesh.spool_writer import SPACING_S, SpoolWriter
 from services.mesh.telemetry import traceparent
 
 logger = logging.getLogger(__name__)
@@ -52,13 +52,6 @@ JOB_TIMEOUT_S = 5.0
 """A submitter rather waits for a disk that hangs than is told wrongly that the job is not taken."""
 HOUSEKEEPING_S = 1.0
 STOP_TIMEOUT_S = 5.0
-
-
-class Mode(StrEnum):
-    """What happens when an event cannot be written."""
-
-    STRICT = "strict"
-    PERMISSIVE = "permissive"
 
 
 class Spool:
@@ -87,6 +80,8 @@ class Spool:
         self._anonymous = AnonymousCounts(max_anonymous, anonymous_interval_s, clock.now())
         self._encoder = EventEncoder(source, "")
         self._retained: list[Append] = []
+        self._written: asyncio.Future[None]
+        """For whoever need not wait."""
         self._gap = GapCounter(
             refuses=mode is Mode.STRICT,
             clock=clock,
@@ -148,6 +143,8 @@ class Spool:
         self._gap.load(opened.gap)
         self._anonymous.begin(now)
         self._running = True
+        self._written = asyncio.get_running_loop().create_future()
+        self._written.set_result(None)
         self.appended.set()
         self._housekeeping = asyncio.create_task(self._keep_house())
         if opened.closed:
@@ -187,13 +184,17 @@ class Spool:
         if not self._running or not ledger.admit(len(body), promised):
             self._gap.count()
             return self._waiting.turned_away()
-        opened = ledger.open[request_id] = OpenIntent(promised, facts)
+        append = Append(body, now.timestamp(), traceparent(), intent_of=request_id)
+        opened = ledger.open[request_id] = OpenIntent(promised, facts, self._writer.put(append))
+        if opened.place is not None:
+            self._committed(append, opened.place)
+            return self._written
         waiting = self._waiting.begin(otherwise=self._mode is Mode.PERMISSIVE)
 
         def done(place: Place | None, error: Exception | None) -> None:
             if place is not None:
                 opened.place = place
-                self._committed(len(body), place)
+                self._committed(append, place)
             else:
                 self._gap.count()
                 ledger.withdraw(len(body))
@@ -203,7 +204,6 @@ class Spool:
                     del ledger.open[request_id]
             self._waiting.settle(waiting, written=place is not None)
 
-        append = Append(body, now.timestamp(), traceparent(), intent_of=request_id)
         opened.group = self._writer.append(append, done, spacing_s=0.0 if urgent else SPACING_S)
         return waiting
 
@@ -234,6 +234,10 @@ class Spool:
             self._gap.count()
             return self._waiting.turned_away()
         append = Append(body, now.timestamp(), traceparent(), outcome_of=request_id)
+        place = self._writer.put(append)
+        if place is not None:
+            self._outcome_written(append, place)
+            return self._written
         waiting = self._waiting.begin(otherwise=opened is not None or self._mode is Mode.PERMISSIVE)
 
         def done(place: Place | None, error: Exception | None) -> None:
@@ -280,16 +284,18 @@ class Spool:
             return self._waiting_jobs.turned_away()
         waiting = self._waiting_jobs.begin(otherwise=False)
 
+        topic = Topic.JOBS if isinstance(event, JobRequested) else Topic.RETRY
+        append = Append(body, now.timestamp(), traceparent(), topic=topic)
+
         def done(place: Place | None, error: Exception | None) -> None:
             if place is not None:
-                self._committed(size, place)
+                self._committed(append, place)
                 self.hurried.set()
             else:
                 self.ledger.withdraw(size)
             self._waiting_jobs.settle(waiting, written=place is not None)
 
-        topic = Topic.JOBS if isinstance(event, JobRequested) else Topic.RETRY
-        self._writer.append(Append(body, now.timestamp(), traceparent(), topic=topic), done)
+        self._writer.append(append, done)
         return waiting
 
     def count_anonymous(self, source_address: str, reason: str) -> None:
@@ -298,9 +304,9 @@ class Spool:
 
     async def read_after(self, mark: Place, max_events: int, max_bytes: int) -> list[SpooledEvent]:
         """The next events in order. Raises OSError where the disk fails."""
-        events: list[SpooledEvent] = await self._writer.call(
-            lambda: self._file.read_after(mark, max_events, max_bytes)
-        )
+        events: list[SpooledEvent] | None = self.ledger.recent.after(mark, max_events, max_bytes)
+        if events is None:
+            events = await self._writer.call(lambda: self._file.read_after(mark, max_events, max_bytes))
         return events
 
     async def trim(self, limits: Mapping[int, int]) -> int:
@@ -328,14 +334,14 @@ class Spool:
         """Events dropped or refused in this life."""
         return self._gap.total
 
-    def _committed(self, size: int, place: Place) -> None:
-        self.ledger.committed(size, place)
+    def _committed(self, append: Append, place: Place) -> None:
+        self.ledger.committed(append, place)
         self.appended.set()
 
     def _outcome_written(self, append: Append, place: Place | None) -> None:
         """`place` is None where it was the second one, or is given up."""
         if place is not None:
-            self._committed(len(append.body), place)
+            self._committed(append, place)
         else:
             self.ledger.withdraw(len(append.body))
         self.ledger.open.pop(append.outcome_of, None)
@@ -348,10 +354,11 @@ class Spool:
         if not self._running or not self.ledger.admit(len(body)):
             return None
         written: asyncio.Future[bool] = asyncio.get_running_loop().create_future()
+        append = Append(body, now.timestamp(), traceparent(), gap=gap)
 
         def done(place: Place | None, error: Exception | None) -> None:
             if place is not None:
-                self._committed(len(body), place)
+                self._committed(append, place)
             else:
                 self.ledger.withdraw(len(body))
                 if gap is None:
@@ -359,7 +366,7 @@ class Spool:
             if not written.done():
                 written.set_result(place is not None)
 
-        self._writer.append(Append(body, now.timestamp(), traceparent(), gap=gap), done)
+        self._writer.append(append, done)
         return written
 
     async def _keep_house(self) -> None:
@@ -381,16 +388,13 @@ class Spool:
     def _tidy(self, *, anonymous: bool) -> None:
         retained, self._retained = self._retained, []
         for append in retained:
-            self._writer.append(append, self._retried(append))
+            self._writer.append(append, partial(self._retried, append))
         self._gap.record()
         if anonymous:
             self._anonymous.flush(self._clock.now(), lambda event: self._append_other(event) is not None)
 
-    def _retried(self, append: Append) -> AppendDone:
-        def done(place: Place | None, error: Exception | None) -> None:
-            if error is not None:
-                self._retained.append(append)
-            else:
-                self._outcome_written(append, place)
-
-        return done
+    def _retried(self, append: Append, place: Place | None, error: Exception | None) -> None:
+        if error is not None:
+            self._retained.append(append)
+        else:
+            self._outcome_written(append, place)

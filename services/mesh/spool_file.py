@@ -1,4 +1,4 @@
-"""The spool's files: a log of frames in segments, used by one thread of one process.
+"""The spool's files: a log of frames in segments, used by one thread of one process at a time.
 
 What was committed survives the process: it is with the system. It is on the disk (fdatasync) in `strict`,
 where a group has a job, since its submitter forgets it, at the beginning of an epoch, so that no place is
@@ -137,6 +137,32 @@ class SpoolFile:
                 places.append(Place(epoch, after))
         return places
 
+    @property
+    def has_window(self) -> bool:
+        """Whether `put` may ever succeed: not where each group is synced."""
+        return not self._is_durable
+
+    def put(self, event: Append) -> Place | None:
+        """Writes an audit event without asking the disk, which `renew` has prepared for that a moment ago.
+        None where that cannot be, and `append` says why."""
+        active, state = self._active, self._state
+        if active is None or self._must_follow or active.size - active.begun_at > SEGMENT_BYTES:
+            return None
+        if event.topic is not Topic.AUDIT:  # it has to be synced
+            return None
+        if event.outcome_of and state.has_outcome(event.outcome_of):
+            return None
+        group = Group(state.epoch, state.last + 1, (event,))
+        if not active.put(group):
+            return None
+        state.add(group)
+        return active.end
+
+    def renew(self) -> None:
+        """Prepares for `put`, where it can."""
+        if self._active is not None and self.has_window:
+            self._active.renew()
+
     def remember_gap(self, gap: Gap) -> None:
         """Keeps over a crash what is left to be recorded."""
         self._write([Left(gap)], sync=self._is_durable)
@@ -200,8 +226,8 @@ class SpoolFile:
             except Torn:
                 if not whole or segment is not self._sealed[-1]:
                     raise
-                logger.warning("the spool's last %d bytes are no whole group: cut off", segment.size - whole)
-                spool_segments.cut(segment, whole)
+                if spool_segments.cut(segment, whole):
+                    logger.warning("the spool ended with what is no whole group: cut off")
         if self._sealed and not self._state.producer:
             raise Damaged("it does not say whose it is")
 
@@ -261,7 +287,7 @@ class SpoolFile:
         next life would believe a segment that says less than the one before it."""
         self._must_follow = True
         state, last = self._state, self._last
-        last.sync()
+        last.finish()
         head = Head(state.producer, state.epoch, state.gap, self._trimmed(), list(state.open.values()))
         self._active = spool_segments.begin(self._folder, last.number + 1, [head])
         self._must_follow = False

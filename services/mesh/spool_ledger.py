@@ -6,6 +6,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 from services.mesh.audit_protocol import MAX_HELD_EPOCHS, HeldEpoch, Place, ProducerReport
+from services.mesh.spool_frames import Append
+from services.mesh.spool_recent import Recent
 from services.mesh.spool_state import Holding
 
 EVENT_OVERHEAD_BYTES = 160
@@ -42,17 +44,22 @@ class SpoolLedger:
         self.last_sequence = 0
         self.open: dict[str, OpenIntent] = {}
         """In the order in which they were written."""
+        self.recent = Recent()
         self._spans: dict[int, tuple[int, int]] = {}
         """By epoch: the first and the last sequence held."""
 
-    def admit(self, *sizes: int, share: float = 1.0) -> bool:
-        """Promises room for events of these sizes, or for none of them. `share`: of all the room, so much may
-        be taken then."""
-        size = sum(sizes) + EVENT_OVERHEAD_BYTES * len(sizes)
-        if self.bytes + size > share * self.max_bytes or self.events + len(sizes) > share * self.max_events:
+    def admit(self, size: int, outcome_bytes: int = 0, *, share: float = 1.0) -> bool:
+        """Promises room for an event of this size, and for its outcome where it will have one, or for
+        neither. `share`: of all the room, so much may be taken then."""
+        events = 2 if outcome_bytes else 1
+        size += outcome_bytes + EVENT_OVERHEAD_BYTES * events
+        if (
+            self.held_bytes + self.promised_bytes + size > share * self.max_bytes
+            or self.held_events + self.promised_events + events > share * self.max_events
+        ):
             return False
         self.promised_bytes += size
-        self.promised_events += len(sizes)
+        self.promised_events += events
         return True
 
     def resize(self, promised: int, size: int) -> None:
@@ -64,19 +71,24 @@ class SpoolLedger:
         self.promised_bytes -= size + EVENT_OVERHEAD_BYTES
         self.promised_events -= 1
 
-    def committed(self, size: int, place: Place) -> None:
+    def committed(self, event: Append, place: Place) -> None:
         """An event that was admitted is in the file."""
-        self.withdraw(size)
-        self.held_bytes += size + EVENT_OVERHEAD_BYTES
+        size = len(event.body) + EVENT_OVERHEAD_BYTES
+        self.promised_bytes -= size
+        self.promised_events -= 1
+        self.held_bytes += size
         self.held_events += 1
-        floor, _ = self._spans.get(place.epoch, (place.sequence, 0))
-        self._spans[place.epoch] = (floor, place.sequence)
-        if place.epoch == self.epoch:
-            self.last_sequence = place.sequence
+        self.recent.add(event, place)
+        epoch, sequence = place
+        span = self._spans.get(epoch)
+        self._spans[epoch] = (sequence if span is None else span[0], sequence)
+        if epoch == self.epoch:
+            self.last_sequence = sequence
 
     def trimmed(self, limits: Mapping[int, int], events: int, size: int) -> None:
         """Each epoch's events up to a sequence are out of the file."""
         for epoch, limit in limits.items():
+            self.recent.forget(Place(epoch, limit))
             floor, last = self._spans.get(epoch, (1, 0))
             if limit >= last:
                 self._spans.pop(epoch, None)

@@ -15,8 +15,10 @@ from pathlib import Path
 
 from services.mesh.audit_protocol import START, Place
 from services.mesh.spool_frames import MAGIC, Damaged, Frame, Group, encode, read
+from services.mesh.spool_window import Window
 
 _UNFINISHED = "new"
+CHUNK_BYTES = 64 << 10
 
 
 class Segment:
@@ -51,24 +53,26 @@ class Segment:
 
 class LastSegment(Segment):
     """The one that is written to. What could not be written, or not synced, is not there: it is cut off at
-    once, or where the disk refuses that, too, before anything else is written."""
+    once, or where the disk refuses that, too, before anything else is written. Zeros may stand behind the
+    frames, where a window was prepared."""
 
     def __init__(self, path: Path, size: int) -> None:
         super().__init__(path, size)
-        self._fd = os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CLOEXEC)
+        self._fd = os.open(path, os.O_RDWR | os.O_CLOEXEC)
         self._is_torn = False
+        self._window: Window | None = None
         self.begun_at = size
         """The size with which it began."""
 
     def append(self, frames: Sequence[Frame], *, sync: bool) -> None:
         """All of them or none; on the disk, where `sync`, else with the system."""
         self._mend()
-        written = 0
+        size = self.size
         try:
             for frame in frames:
                 data = encode(frame)
-                _write_all(self._fd, data)
-                written += len(data)
+                _write_all(self._fd, data, size)
+                size += len(data)
             if sync:
                 os.fdatasync(self._fd)
         except OSError:
@@ -76,21 +80,47 @@ class LastSegment(Segment):
             with contextlib.suppress(OSError):
                 self._mend()
             raise
-        self.size += written
+        self.size = size
         for frame in frames:
             self.note(frame)
 
-    def sync(self) -> None:
-        """All that was appended is on the disk then."""
+    def put(self, group: Group) -> bool:
+        """Appends one event in the window; False where there is none, or too little of it. Asks no disk."""
+        if self._window is None:
+            return False
+        data = encode(group)
+        if not self._window.write(self.size, data):
+            return False
+        self.size += len(data)
+        self.end = Place(group.epoch, group.first)
+        self.last[group.epoch] = group.first
+        return True
+
+    def renew(self) -> None:
+        """Prepares the window. Where the disk refuses, there is none."""
+        window, self._window = self._window, None
+        try:
+            if window is None or not window.renew(self.size):
+                window = Window(self._fd, self.size)
+        except (OSError, ValueError):
+            self._is_torn = True
+        else:
+            self._window = window
+
+    def finish(self) -> None:
+        """All that was appended is on the disk then, and nothing behind it."""
+        self._is_torn = True
         self._mend()
         os.fdatasync(self._fd)
 
     def close(self) -> None:
+        self._window = None
         with contextlib.suppress(OSError):
             os.close(self._fd)
 
     def _mend(self) -> None:
         if self._is_torn:
+            self._window = None  # nothing may touch memory of which the file has no bytes any more
             os.ftruncate(self._fd, self.size)
             self._is_torn = False
 
@@ -100,18 +130,14 @@ def begin(folder: Path, number: int, frames: Sequence[Frame]) -> LastSegment:
     unfinished, path = folder / _UNFINISHED, folder / f"{number:012}.log"
     fd = os.open(unfinished, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o600)
     try:
-        size = len(MAGIC)
-        _write_all(fd, MAGIC)
-        for frame in frames:
-            data = encode(frame)
-            _write_all(fd, data)
-            size += len(data)
+        data = MAGIC + b"".join(encode(frame) for frame in frames)
+        _write_all(fd, data, 0)
         os.fsync(fd)
     finally:
         os.close(fd)
     os.rename(unfinished, path)  # noqa: PTH104
     _sync_folder(folder)
-    segment = LastSegment(path, size)
+    segment = LastSegment(path, len(data))
     for frame in frames:
         segment.note(frame)
     return segment
@@ -123,15 +149,19 @@ def found(folder: Path) -> list[Segment]:
     return [Segment(path, path.stat().st_size) for path in paths]
 
 
-def cut(segment: Segment, size: int) -> None:
-    """Takes off what is behind its whole frames."""
-    fd = os.open(segment.path, os.O_WRONLY | os.O_CLOEXEC)
+def cut(segment: Segment, size: int) -> bool:
+    """Takes off what is behind its whole frames; False where those were zeros only."""
+    fd = os.open(segment.path, os.O_RDWR | os.O_CLOEXEC)
     try:
+        torn = any(
+            os.pread(fd, CHUNK_BYTES, at).strip(b"\0") for at in range(size, segment.size, CHUNK_BYTES)
+        )
         os.ftruncate(fd, size)
         os.fsync(fd)
     finally:
         os.close(fd)
     segment.size = size
+    return torn
 
 
 def remove(segment: Segment) -> None:
@@ -150,10 +180,10 @@ def lock(folder: Path) -> int:
     return fd
 
 
-def _write_all(fd: int, data: bytes) -> None:
-    written = os.write(fd, data)
+def _write_all(fd: int, data: bytes, offset: int) -> None:
+    written = os.pwrite(fd, data, offset)
     while written < len(data):
-        written += os.write(fd, data[written:])
+        written += os.pwrite(fd, data[written:], offset + written)
 
 
 def _sync_folder(folder: Path) -> None:

@@ -4,8 +4,16 @@ from __future__ import annotations
 
 import asyncio
 from collections import deque
+from enum import StrEnum
 
 from services.mesh.errors import AuditUnavailable
+
+
+class Mode(StrEnum):
+    """What happens when an event cannot be written."""
+
+    STRICT = "strict"
+    PERMISSIVE = "permissive"
 
 
 class Waiting:

@@ -1,7 +1,9 @@
-"""The spool's thread: everything that touches its file, in order, appends in groups.
+"""Everything that touches the spool's files, in order. Most events are put by the event loop, into the window
+that the spool's thread has prepared (`spool_window`); all else is done by the thread, which may wait for the
+disk.
 
-Many callers that wait at the same time share one transaction: the thread takes all that has come in while
-it was busy. Results return to the event loop in one step for each group.
+The files belong to the thread while it has work, and else to the event loop. Many who wait for the thread at
+the same time share one group of appends. Results return to the event loop in one step for each group.
 """
 
 from __future__ import annotations
@@ -27,6 +29,9 @@ the event loop."""
 HURRIED_SPACING_S = 0.006
 """The same, for what somebody waits for who did not say so when it was appended: where many wait, they share
 a group."""
+WINDOW_S = 1.0
+"""So long after the thread was asked for something its window is used: by then the system may have begun to
+write it out, and a store into it might wait for the disk."""
 NEVER_S = float("inf")
 
 AppendDone = Callable[[Place | None, Exception | None], None]
@@ -48,6 +53,10 @@ class SpoolWriter:
         self._due_s = NEVER_S
         """When what is pending is handed over, by the event loop's time."""
         self._gathering: asyncio.Handle | None = None
+        self._with_thread = 0
+        """Groups that it has been handed, and not given back."""
+        self._is_held = False
+        """What is pending is due, and waits for what is with the thread: it may not need it then."""
         self._loop: asyncio.AbstractEventLoop | None = None
         self._thread: threading.Thread | None = None
         self._ended = asyncio.Event()
@@ -56,6 +65,15 @@ class SpoolWriter:
         self._loop = asyncio.get_running_loop()
         self._thread = threading.Thread(target=self._run, name="spool", daemon=True)
         self._thread.start()
+
+    def put(self, event: Append) -> Place | None:
+        """Writes an audit event at once. None where that cannot be, and it is to be appended."""
+        loop = self._loop
+        if self._pending or self._with_thread or loop is None:
+            return None
+        if loop.time() > self._handed_over_s + WINDOW_S:
+            return None
+        return self._file.put(event)
 
     def append(self, event: Append, done: AppendDone, *, spacing_s: float = 0.0) -> int:
         """Writes an event with the next group, which is formed as soon as the one before it is `spacing_s`
@@ -109,20 +127,40 @@ class SpoolWriter:
 
     def _hand_over(self, loop: asyncio.AbstractEventLoop) -> None:
         self._gathering, self._due_s = None, NEVER_S
+        self._is_held = bool(self._with_thread) and self._file.has_window
+        if self._is_held or not self._pending:
+            return
         self._handed_over_s = loop.time()
         self._group += 1
+        self._with_thread += 1
         jobs, self._pending = self._pending, []
         self._queue.put(jobs)
+
+    def _returned(self, groups: int, loop: asyncio.AbstractEventLoop) -> None:
+        """The thread has done what was in so many groups. What came meanwhile is put, up to the first that
+        cannot be."""
+        self._with_thread -= groups
+        pending, self._pending = self._pending, []
+        for at, (what, whom) in enumerate(pending):
+            place = self.put(what) if isinstance(what, Append) else None
+            if place is None:
+                self._pending = pending[at:] + self._pending
+                break
+            whom(place, None)
+        if self._is_held:
+            self._hand_over(loop)
 
     def _run(self) -> None:
         going = True
         while going:
             jobs = self._queue.get()
+            groups = 1
             while len(jobs) < MAX_GROUP:
                 try:
                     jobs += self._queue.get_nowait()
                 except queue.Empty:
                     break
+                groups += 1
             results: list[Callable[[], None]] = []
             group: list[tuple[Append, AppendDone]] = []
             for what, whom in jobs:
@@ -136,10 +174,12 @@ class SpoolWriter:
                     break
                 results.append(self._called(what, *whom))
             self._write(group, results)
-            if not going:
+            if going:
+                self._file.renew()
+            else:
                 self._file.close()
                 results.append(self._ended.set)
-            self._deliver(results)
+            self._deliver(results, groups)
 
     def _write(self, group: list[tuple[Append, AppendDone]], results: list[Callable[[], None]]) -> None:
         if not group:
@@ -170,10 +210,14 @@ class SpoolWriter:
 
         return done
 
-    def _deliver(self, results: list[Callable[[], None]]) -> None:
+    def _deliver(self, results: list[Callable[[], None]], groups: int) -> None:
+        loop = self._loop
+        if loop is None or loop.is_closed():
+            return
+
         def run() -> None:
             for result in results:
                 result()
+            self._returned(groups, loop)
 
-        if self._loop is not None and not self._loop.is_closed():
-            self._loop.call_soon_threadsafe(run)
+        loop.call_soon_threadsafe(run)

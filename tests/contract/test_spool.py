@@ -115,7 +115,7 @@ async def test_an_intent_that_is_not_urgent_waits_until_somebody_waits_for_it(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("services.mesh.spool.SPACING_S", 3600.0)
-    spool = make_spool(tmp_path / "spool")
+    spool = make_spool(tmp_path / "spool", mode="strict")
     async with running(spool):
         await spool.append_started(started("first"))
         waiting = [spool.append_started(started(name), urgent=False) for name in "ab"]

@@ -17,7 +17,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from services.mesh import spool_file, spool_segments
+from services.mesh import spool_file, spool_segments, spool_window
 from services.mesh.audit_protocol import START, Place
 from services.mesh.event_codec import EventEncoder
 from services.mesh.spool_file import SpooledEvent, SpoolFile
@@ -40,7 +40,7 @@ class Killed(BaseException):
 class FaultyDisk:
     """Stands for the module `os` in the spool's files. The call number `fail_at`, counted from 0, fails."""
 
-    CALLS = ("open", "write", "fsync", "fdatasync", "ftruncate", "rename", "unlink")
+    CALLS = ("open", "pwrite", "fsync", "fdatasync", "ftruncate", "rename", "unlink")
 
     def __init__(self) -> None:
         self.fail_at: int | None = None
@@ -65,9 +65,9 @@ class FaultyDisk:
         return call
 
     def _fail(self, name: str, args: tuple[Any, ...]) -> None:
-        if name == "write" and self.fault is not Fault.EIO:
-            fd, data = args
-            os.write(fd, data[: len(data) // 2])
+        if name == "pwrite" and self.fault is not Fault.EIO:
+            fd, data, offset = args
+            os.pwrite(fd, data[: len(data) // 2], offset)
         if self.fault is Fault.KILL:
             self.is_dead = True
             raise Killed
@@ -137,8 +137,21 @@ class Watched:
         outcomes = Counter(event.outcome_of for event in held if event.outcome_of)
         assert not outcomes or max(outcomes.values()) == 1
 
-    def append(self, begin: int, end: int) -> None:
-        """A group: intents, then outcomes of some that are open."""
+    def put(self, group: list[Append]) -> None:
+        """One by one, in the window; where that cannot be the others together, as the thread does."""
+        while group and (place := self.file.put(group[0])) is not None:
+            self.acknowledge(group.pop(0), place)
+        if group:
+            self.append(group)
+
+    def renew(self) -> None:
+        try:
+            self.file.renew()
+        except Killed:
+            self.open()
+
+    def group(self, begin: int, end: int) -> list[Append]:
+        """Intents, then outcomes of some that are open."""
         group = []
         for _ in range(begin):
             self.numbers += 1
@@ -147,6 +160,9 @@ class Watched:
         for name in [*sorted(self.begun - self.ended), *(event.intent_of for event in group)][:end]:
             self.numbers += 1
             group.append(Append(f"{name} ended {self.numbers}".encode(), 1.0, outcome_of=name))
+        return group
+
+    def append(self, group: list[Append]) -> None:
         try:
             places = self.file.append(group)
         except OSError:
@@ -158,9 +174,12 @@ class Watched:
             return
         for event, place in zip(group, places, strict=True):
             assert place is not None
-            self.acknowledged[place] = event.body
-            self.begun |= {event.intent_of} - {""}
-            self.ended |= {event.outcome_of} - {""}
+            self.acknowledge(event, place)
+
+    def acknowledge(self, event: Append, place: Place) -> None:
+        self.acknowledged[place] = event.body
+        self.begun |= {event.intent_of} - {""}
+        self.ended |= {event.outcome_of} - {""}
 
     def trim(self, share: float) -> None:
         limits: dict[int, int] = {}
@@ -177,10 +196,13 @@ class Watched:
 STEPS = st.lists(
     st.one_of(
         st.tuples(st.just("append"), st.integers(0, 6), st.integers(0, 6)),
+        st.tuples(st.just("put"), st.integers(0, 6), st.integers(0, 6)),
+        st.tuples(st.just("renewed put"), st.integers(1, 6), st.integers(0, 6)),
         st.tuples(st.just("trim"), st.sampled_from([0.0, 0.4, 1.0]), st.just(0)),
         st.tuples(st.just("open"), st.just(0), st.just(0)),
         st.tuples(st.just("fault"), st.sampled_from(list(Fault)), st.integers(0, 6)),
     ),
+    min_size=3,
     max_size=40,
 )
 
@@ -190,13 +212,15 @@ def faulty_disk() -> Iterator[FaultyDisk]:
     disk = FaultyDisk()
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(spool_segments, "os", disk)
+        patch.setattr(spool_window, "os", disk)
+        patch.setattr(spool_window, "WINDOW_BYTES", 4096)
         patch.setattr(spool_file, "SEGMENT_BYTES", 2000)
         patch.setattr(spool_file, "IDLE_SEGMENT_BYTES", 500)
         yield disk
 
 
 @given(steps=STEPS, durable=st.booleans())
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=200, deadline=None)
 def test_r30_faults_at_any_call_lose_nothing_that_was_acknowledged(
     steps: list[tuple[Any, ...]], durable: bool
 ) -> None:
@@ -205,7 +229,11 @@ def test_r30_faults_at_any_call_lose_nothing_that_was_acknowledged(
         watched.open()
         for kind, first, second in steps:
             if kind == "append":
-                watched.append(first, second)
+                watched.append(watched.group(first, second))
+            elif kind in ("put", "renewed put"):
+                if kind == "renewed put":
+                    watched.renew()
+                watched.put(watched.group(first, second))
             elif kind == "trim":
                 watched.trim(first)
             elif kind == "fault":
@@ -224,20 +252,51 @@ def test_r30_faults_at_any_call_lose_nothing_that_was_acknowledged(
 
 @pytest.mark.parametrize("fault", [Fault.EIO, Fault.ENOSPC])
 @pytest.mark.parametrize("call", range(10))
+@pytest.mark.parametrize("groups", [1, 2])
 def test_r30_a_segment_that_could_not_be_begun_is_not_believed(
-    call: int, fault: Fault, tmp_path: Path
+    groups: int, call: int, fault: Fault, tmp_path: Path
 ) -> None:
     """It may be there all the same, and say less than the one before it, if that one were written to."""
     with faulty_disk() as disk:
         watched = Watched(tmp_path / "spool", disk, durable=False)
         watched.open()
-        watched.append(3, 3)
+        watched.append(watched.group(3, 3))
+        watched.renew()
         disk.fault, disk.fail_at = fault, call
         watched.trim(1.0)
         disk.fail_at = None
-        watched.append(2, 1)
-        watched.append(2, 1)
+        watched.renew()
+        watched.put(watched.group(2, 1))
+        if groups > 1:
+            watched.append(watched.group(2, 1))
         watched.open()
-        assert len(watched.begun) == 7
+        assert len(watched.begun) == 3 + 2 * groups
         assert watched.begun == watched.ended
+        watched.file.close()
+
+
+@pytest.mark.parametrize("fault", [Fault.EIO, Fault.ENOSPC])
+def test_r30_after_an_error_nothing_is_put_before_the_disk_has_made_it_good(
+    fault: Fault, tmp_path: Path
+) -> None:
+    """What failed is cut off the file, and with it the end of the window."""
+    with faulty_disk() as disk:
+        watched = Watched(tmp_path / "spool", disk, durable=False)
+        watched.open()
+        watched.renew()
+        watched.put(watched.group(2, 1))
+        assert len(watched.acknowledged) == 3
+        disk.fault, disk.fail_at = fault, 0
+        watched.append(watched.group(2, 1))
+        assert len(watched.acknowledged) == 3
+        (event,) = watched.group(1, 0)
+        assert watched.file.put(event) is None
+        disk.fail_at = 0
+        watched.renew()
+        assert watched.file.put(event) is None
+        watched.renew()
+        place = watched.file.put(event)
+        assert place == Place(1, 4)
+        watched.acknowledge(event, place)
+        watched.open()
         watched.file.close()
