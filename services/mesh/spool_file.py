@@ -205,11 +205,13 @@ class SpoolFile:
     def close(self) -> None:
         """Another process may open it then."""
         active, self._active = self._active, None
-        if active is not None:
-            active.close()
         lock, self._lock = self._lock, None
-        if lock is not None:
-            os.close(lock)
+        try:
+            if active is not None:
+                active.close()
+        finally:
+            if lock is not None:
+                os.close(lock)
 
     def _recover(self) -> None:
         """Reads all that is there. What a write left unfinished at the end is cut off: nobody was told."""

@@ -114,9 +114,14 @@ class LastSegment(Segment):
         os.fdatasync(self._fd)
 
     def close(self) -> None:
-        self._window = None
-        with contextlib.suppress(OSError):
-            os.close(self._fd)
+        """What was prepared is cut off; where the disk refuses, the next process does it."""
+        try:
+            self._is_torn = self._is_torn or self._window is not None
+            with contextlib.suppress(OSError):
+                self._mend()
+        finally:
+            with contextlib.suppress(OSError):
+                os.close(self._fd)
 
     def _mend(self) -> None:
         if self._is_torn:

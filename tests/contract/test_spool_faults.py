@@ -101,7 +101,8 @@ class Watched:
     def open(self) -> None:
         """A life after another. Its process may be killed while it begins, or its disk may fail."""
         while True:
-            self.file.close()
+            with contextlib.suppress(Killed):
+                self.file.close()
             self.file = self.new()
             self.disk.is_dead = False
             with contextlib.suppress(Killed, OSError):
@@ -239,10 +240,8 @@ def test_r30_faults_at_any_call_lose_nothing_that_was_acknowledged(
             elif kind == "fault":
                 disk.fault, disk.fail_at = first, second
             else:
-                watched.file.close()
                 watched.open()
         disk.fail_at = None
-        watched.file.close()
         watched.open()
         watched.trim(1.0)
         assert watched.held() == []

@@ -19,7 +19,7 @@ from hypothesis import strategies as st
 from services.mesh import spool_recent, spool_segments, spool_window
 from services.mesh.audit_protocol import START, Place
 from services.mesh.spool_file import SpoolFile
-from services.mesh.spool_frames import Append
+from services.mesh.spool_frames import Append, Group
 from services.mesh.spool_recent import Recent
 from tests.framework.audit_path import ended, make_spool, running, serve, started
 from tests.framework.job_events import job
@@ -128,6 +128,16 @@ async def test_a_job_that_came_meanwhile_is_synced(tmp_path: Path, monkeypatch: 
         free.set()
         await asyncio.gather(busy, appended)
         assert len(synced) == 1
+
+
+async def test_a_process_that_stops_leaves_nothing_behind_the_last_event(tmp_path: Path) -> None:
+    spool = make_spool(tmp_path / "spool")
+    async with running(spool):
+        await serve(spool, "a")
+        assert spool.append_started(started("b")).done()
+        assert spool.append_ended(ended("b")).done()
+    (segment,) = spool_segments.found(tmp_path / "spool")
+    assert len([frame for frame, _ in segment.frames() if isinstance(frame, Group)]) >= 3
 
 
 @pytest.mark.parametrize(("rest", "is_told"), [(b"", False), (bytes(100), False), (b"\x05\0\0\0half", True)])
