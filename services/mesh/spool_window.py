@@ -4,7 +4,8 @@ What stands in the mapped memory of a file is with the system and survives the p
 written by a call. A store into it waits for no disk if its page has room there and may be written to. So the
 spool's thread first writes zeros, which takes the room and is told what is wrong, and then touches each page.
 The system takes a page's permission back when it writes the page out, so a window is good for a moment, and
-then renewed. Errors of the disk are OSError, never a signal: nothing is touched that was not just written.
+then renewed. A disk that fails says so by OSError when a window is made or renewed, and not by a signal: no
+page is touched there that was not just written.
 """
 
 from __future__ import annotations
