@@ -133,7 +133,7 @@ bench-auth: dev-env ## Measure what a credential and a decision cost, with few a
 	@$(PY) -m tests.bench.auth $(if $(ROUNDS),--rounds $(ROUNDS)) $(ARGS)
 
 .PHONY: bench-gateway
-bench-gateway: dev-env .tools/bench-gateway/.installed ## Measure what the gateway adds, beside LiteLLM, smg and a bare proxy (ROUNDS=5)
+bench-gateway: dev-env .tools/bench-gateway/.installed ## Measure what the gateway adds, beside LiteLLM, smg and a bare proxy (ROUNDS=15)
 	@$(PY) -m tests.bench.gateway $(if $(ROUNDS),--rounds $(ROUNDS)) $(ARGS)
 
 .PHONY: bench-start

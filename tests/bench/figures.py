@@ -10,7 +10,7 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True, slots=True)
 class Spread:
-    """A median between the least and the greatest."""
+    """A median between the least and the greatest, or between the quartiles."""
 
     median: float
     least: float
@@ -19,6 +19,14 @@ class Spread:
     @classmethod
     def of(cls, values: Sequence[float]) -> Spread:
         return cls(statistics.median(values), min(values), max(values))
+
+    @classmethod
+    def quartiles(cls, values: Sequence[float]) -> Spread:
+        """Of three values or fewer: between the least and the greatest."""
+        if len(values) < 4:
+            return cls.of(values)
+        low, median, high = statistics.quantiles(values, n=4, method="inclusive")
+        return cls(median, low, high)
 
     def __str__(self) -> str:
         return f"{_short(self.median)} ({_short(self.least)}..{_short(self.greatest)})"

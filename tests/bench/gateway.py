@@ -10,11 +10,11 @@ import argparse
 import asyncio
 import sys
 import tempfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Awaitable, Callable, Mapping, Sequence
 from contextlib import AsyncExitStack
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from deploy.dev.environment import ROOT
 from deploy.dev.ports import PortReservations
@@ -33,6 +33,7 @@ from tests.bench.work import CannotMeasure
 from tests.framework import broker as brokers
 from tests.framework.mesh import CannotStart, MeshHarness
 
+T = TypeVar("T")
 EXIT_MEASURED, EXIT_COULD_NOT = 0, 2
 OURS = (figures.OURS, figures.ALL_ON, figures.OFF)
 SUBJECTS = (*OURS, figures.BARE, figures.LITELLM, figures.SMG)
@@ -48,12 +49,12 @@ TOKEN, KEY, MISS = (
 
 @dataclass(frozen=True, slots=True)
 class Size:
-    """How much is measured."""
+    """How much is measured: many short rounds, for a host is seldom as fast as a minute before."""
 
-    rounds: int = 5
-    alone_s: float = 1.5
-    loaded_s: float = 4.0
-    warm_s: float = 0.5
+    rounds: int = 15
+    alone_s: float = 0.5
+    loaded_s: float = 1.0
+    warm_s: float = 0.2
     words: int = 16
     """Of a unary call's prompt, and of its answer."""
     streamed_words: int = 200
@@ -63,7 +64,7 @@ class Size:
 
     @classmethod
     def short(cls, rounds: int) -> Size:
-        return cls(rounds, alone_s=0.5, loaded_s=1.5, memory_requests=2_000, memory_later_s=2.0)
+        return cls(rounds, alone_s=0.25, loaded_s=0.5, memory_requests=2_000, memory_later_s=2.0)
 
 
 class Bench:
@@ -89,27 +90,44 @@ class Bench:
                     raise CannotMeasure(f"{subject.name} says {said[:200]!r}")
             subject.rest()
 
-    async def round(self, subject: Subject) -> Round:
-        """All that is measured of one subject in one round."""
-        size = self._size
-        subject.wake()
-        try:
-            through, behind = await subject.target(), await subject.behind()
-            for target in (behind, through):
-                await self._run(subject, Job(target, MODEL, size.words, streams=16, seconds=size.warm_s))
-            alone_behind = await self._unary(None, behind, 1, size.alone_s)
-            alone = await self._unary(subject, through, 1, size.alone_s)
-            at_16_behind = await self._unary(None, behind, 16, size.alone_s)
-            at_16 = await self._unary(subject, through, 16, size.loaded_s)
-            at_32 = await self._unary(subject, through, 32, size.loaded_s, subject.light_model)
-            streamed = await self._streamed(subject, through)
-        finally:
-            subject.rest()
-        return Round(alone, alone_behind, at_16, at_16_behind, at_32, streamed)
+    async def round(self, subjects: Sequence[Subject]) -> dict[str, Round]:
+        """All that is measured in one round, part by part: what is compared lies seconds apart, for a host
+        may be slow for a while."""
+        alone = await self._in_turn(subjects, self._alone)
+        at_16 = await self._in_turn(subjects, self._at_16)
+        at_32 = await self._in_turn(subjects, self._at_32)
+        streamed = await self._in_turn(subjects, self._streamed)
+        return {name: Round(*alone[name], *at_16[name], at_32[name], streamed[name]) for name in alone}
+
+    async def _in_turn(
+        self, subjects: Sequence[Subject], part: Callable[[Subject], Awaitable[T]]
+    ) -> dict[str, T]:
+        """Each is warmed, and rests while others are measured."""
+        found: dict[str, T] = {}
+        for subject in subjects:
+            subject.wake()
+            try:
+                await self._run(subject, self._job(await subject.target(), 16, self._size.warm_s))
+                found[subject.name] = await part(subject)
+            finally:
+                subject.rest()
+        return found
+
+    async def _alone(self, subject: Subject) -> tuple[Unary, Unary]:
+        behind = await self._unary(None, await subject.behind(), 1, self._size.alone_s)
+        return await self._unary(subject, await subject.target(), 1, self._size.alone_s), behind
+
+    async def _at_16(self, subject: Subject) -> tuple[Unary, Unary]:
+        behind = await self._unary(None, await subject.behind(), 16, self._size.alone_s)
+        return await self._unary(subject, await subject.target(), 16, self._size.loaded_s), behind
+
+    async def _at_32(self, subject: Subject) -> Unary:
+        target = await subject.target()
+        return await self._unary(subject, target, 32, self._size.loaded_s, subject.light_model)
 
     async def cpu_per_request(self, subject: Subject, *, greedy: bool) -> float:
         size = self._size
-        job = Job(await subject.target(), MODEL, size.words, streams=16, seconds=size.warm_s, greedy=greedy)
+        job = replace(self._job(await subject.target(), 16, size.warm_s), greedy=greedy)
         await self._run(subject, job)
         done, used_s = await self._timed(subject, replace(job, seconds=size.loaded_s))
         return used_s / float(done["requests"])
@@ -129,16 +147,18 @@ class Bench:
     async def _unary(
         self, subject: Subject | None, target: Target, streams: int, seconds: float, model: str = MODEL
     ) -> Unary:
-        job = Job(target, model, self._size.words, streams=streams, seconds=seconds)
-        done, used_s = await self._timed(subject, job)
+        done, used_s = await self._timed(subject, self._job(target, streams, seconds, model))
         return Unary(
             done["requests"] / done["took_s"], done["p50_s"], done["p99_s"], used_s / done["requests"]
         )
 
-    async def _streamed(self, subject: Subject, target: Target) -> Streamed:
+    def _job(self, target: Target, streams: int, seconds: float, model: str = MODEL) -> Job:
+        return Job(target, model, self._size.words, streams=streams, seconds=seconds)
+
+    async def _streamed(self, subject: Subject) -> Streamed:
         size = self._size
         job = Job(
-            target,
+            await subject.target(),
             subject.light_model,
             size.streamed_words,
             streamed=True,
@@ -254,10 +274,11 @@ async def measure(
         rounds: dict[str, list[Round]] = {subject.name: [] for subject in subjects}
         for index in range(size.rounds if subjects else 0):
             turn = index % len(subjects)
-            for subject in (*subjects[turn:], *subjects[:turn]):
-                found = await bench.round(subject)
-                rounds[subject.name].append(found)
-                say(f"round {index + 1}/{size.rounds}, {subject.name}: {_line(found)}")
+            order = [*subjects[turn:], *subjects[:turn]]
+            found = await bench.round(order if index % 2 == 0 else order[::-1])
+            for name, each in found.items():
+                rounds[name].append(each)
+                say(f"round {index + 1}/{size.rounds}, {name}: {_line(each)}")
         prices: dict[str, list[float]] = {}
         if PRICE in wanted and platform is not None:
             say("starting a gateway for each step of the table of prices")
@@ -342,13 +363,15 @@ async def bench(wanted: Sequence[str], size: Size, folder: Path, say: Progress, 
     tables = figures.tables(found.rounds) if found.rounds else []
     tables += [figures.memory_table(found.memory)] if found.memory else []
     tables += [figures.price_table(found.prices, KEY)] if found.prices else []
-    report.show(tables, made)
+    report.show(tables, made, spread=figures.SPREAD)
 
 
 def main(argv: Sequence[str]) -> int:
     parser = argparse.ArgumentParser(prog="python -m tests.bench.gateway", description=__doc__)
-    parser.add_argument("--rounds", type=rounds_from, default=5)
-    parser.add_argument("--short", action="store_true", help="each part a third as long, or less")
+    parser.add_argument("--rounds", type=rounds_from, default=15)
+    parser.add_argument(
+        "--short", action="store_true", help="each part half as long, and less for the memory"
+    )
     every = (*SUBJECTS, MEMORY, PRICE)
     parser.add_argument("--subjects", default=",".join(every), help="with commas; not given: all of them")
     parser.add_argument("--profile", type=Path, help="where the profile of the gateway's process goes")

@@ -7,10 +7,12 @@ from dataclasses import dataclass
 
 from rich.table import Table
 
-from tests.bench.figures import Aim, Spread, ratio
+from tests.bench.figures import Aim, Spread
 
 OURS, ALL_ON, OFF = "http", "grpc-all", "grpc-off"
 BARE, LITELLM, SMG = "bare", "litellm", "smg"
+SPREAD = "quartiles"
+"""Beside a median: of many short rounds a single one says little."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -83,8 +85,9 @@ def aims(rounds: Rounds, memory: Mapping[str, Memory]) -> list[Aim]:
     ) -> None:
         if ours in rounds and other in rounds:
             mine, theirs = ([figure(each) for each in rounds[subject]] for subject in (ours, other))
-            measured = ratio(theirs, mine) if inverse else ratio(mine, theirs)
-            made.append(Aim(name, measured, target, at_most=at_most))
+            above, below = (theirs, mine) if inverse else (mine, theirs)
+            ratios = [each / other for each, other in zip(above, below, strict=True)]
+            made.append(Aim(name, Spread.quartiles(ratios), target, at_most=at_most))
 
     compare("added_p50_alone_vs_litellm", OURS, LITELLM, added_p50_s, 0.1, at_most=True)
     compare("added_p99_at_16_vs_litellm", OURS, LITELLM, added_p99_s, 0.05, at_most=True)
@@ -132,12 +135,12 @@ def tables(rounds: Rounds) -> list[Table]:
     """Of latency and of work."""
     made = []
     for title, columns in (("Latency", _LATENCY), ("Work", _WORK)):
-        found = Table(title=f"{title}: medians of the rounds (least..greatest)", title_justify="left")
+        found = Table(title=f"{title}: medians of the rounds ({SPREAD})", title_justify="left")
         found.add_column("subject")
         for column in columns:
             found.add_column(column, justify="right")
         for name, measured in rounds.items():
-            spreads = (Spread.of([figure(each) for each in measured]) for figure in columns.values())
+            spreads = (Spread.quartiles([figure(each) for each in measured]) for figure in columns.values())
             found.add_row(name, *map(str, spreads))
         made.append(found)
     return made
@@ -164,8 +167,8 @@ def price_table(prices: Mapping[str, Sequence[float]], aside: str = "") -> Table
     for name, each in prices.items():
         more = ""
         if before is not None:
-            more = str(Spread.of([(now - then) * 1e6 for now, then in zip(each, before, strict=True)]))
-        found.add_row(name, str(Spread.of([value * 1e6 for value in each])), more)
+            more = str(Spread.quartiles([(now - then) * 1e6 for now, then in zip(each, before, strict=True)]))
+        found.add_row(name, str(Spread.quartiles([value * 1e6 for value in each])), more)
         if name != aside:
             before = each
     return found

@@ -131,12 +131,12 @@ def cpu_table(rounds: Rounds) -> Table:
     return found
 
 
-def show(tables: Sequence[Table], aims: Sequence[Aim]) -> None:
+def show(tables: Sequence[Table], aims: Sequence[Aim], spread: str = "least..greatest") -> None:
     """The tables, then a line for each aim."""
     console = Console(width=None if Console().is_terminal else _WIDTH)
     for each in tables:
         console.print(each)
-    spreads = Table("aim", "measured (least..greatest)", "target", "", title="Aims", title_justify="left")
+    spreads = Table("aim", f"measured ({spread})", "target", "", title="Aims", title_justify="left")
     for aim in aims:
         bound = "at most" if aim.at_most else "at least"
         spreads.add_row(aim.name, str(aim.measured), f"{bound} {aim.target:g}", "met" if aim.met else "short")

@@ -11,6 +11,7 @@ from services.gateway import app
 from tests.bench import gateway_figures as figures
 from tests.bench import gateway_load as load
 from tests.bench import gateway_upstream as upstream
+from tests.bench.figures import Spread
 from tests.bench.gateway import SWITCHED_ON
 from tests.bench.gateway_figures import Memory, Round, Streamed, Unary
 from tests.bench.gateway_load import Job, Target, prompt
@@ -58,6 +59,17 @@ def test_the_judgement() -> None:
     assert made["cpu_per_request_vs_smg"].measured.median == pytest.approx(3.125)
     assert [table.row_count for table in figures.tables(rounds)] == [6, 6]
     assert figures.price_table({"nothing": [1e-4], "auth": [2e-4]}).row_count == 2
+
+
+def test_of_many_rounds_the_quartiles_are_told_and_of_few_the_least_and_the_greatest() -> None:
+    assert Spread.quartiles([9.0, 1.0, 2.0, 3.0, 4.0]) == Spread(3.0, 2.0, 4.0)
+    assert Spread.quartiles([3.0, 1.0, 8.0]) == Spread.of([3.0, 1.0, 8.0]) == Spread(3.0, 1.0, 8.0)
+    rounds = {
+        figures.OURS: [measured(each) for each in (300, 330, 360, 390, 5000)],
+        figures.SMG: [measured(100)] * 5,
+    }
+    (aim,) = figures.aims(rounds, {})
+    assert [aim.measured.median, aim.measured.least, aim.measured.greatest] == pytest.approx([3.6, 3.3, 3.9])
 
 
 def test_only_what_was_measured_is_judged() -> None:
