@@ -6,7 +6,7 @@ scopes and errors are not written twice.
 
 from __future__ import annotations
 
-from collections.abc import Awaitable, Callable, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Coroutine, Mapping, Sequence
 from contextlib import aclosing
 from dataclasses import dataclass
 from functools import partial
@@ -92,9 +92,9 @@ class _App(Starlette):
         super().__init__(**settings)
         self._posts = posts
 
-    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+    def __call__(self, scope: Scope, receive: Receive, send: Send) -> Coroutine[Any, Any, None]:
         endpoint = self._posts.get(scope["path"]) if scope.get("method") == "POST" else None
-        await (endpoint or super().__call__)(scope, receive, send)
+        return (endpoint or super().__call__)(scope, receive, send)
 
 
 class HttpEdge:
@@ -130,16 +130,13 @@ class HttpEdge:
 
     def app(self) -> Starlette:
         def audited(method: str, serve: Callable[[Exchange, RequestRecord], Awaitable[None]]) -> Endpoint:
-            async def recorded(exchange: Exchange) -> None:
-                await serve(exchange, current_record())
+            def recorded(exchange: Exchange) -> Awaitable[None]:
+                return serve(exchange, current_record())
 
             return Endpoint(self._chain, self._clock, self._proxies, method, recorded)
 
         def generating(face: Face) -> Endpoint:
-            async def serve(exchange: Exchange, record: RequestRecord) -> None:
-                await self._generate(exchange, record, face)
-
-            return audited(GENERATE, serve)
+            return audited(GENERATE, partial(self._generate, face))
 
         generations = {
             "/v1/chat/completions": generating(CHAT),
@@ -197,7 +194,7 @@ class HttpEdge:
         await record.committed()
         await exchange.respond(200, answers.model(found))
 
-    async def _generate(self, exchange: Exchange, record: RequestRecord, face: Face) -> None:
+    async def _generate(self, face: Face, exchange: Exchange, record: RequestRecord) -> None:
         body = face.parse(await exchange.json(self._max_body_bytes))
         exchange.parameter = body.parameter
         record.method = STREAM_GENERATE if body.stream else GENERATE

@@ -11,13 +11,14 @@ from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Mappin
 from datetime import UTC, datetime
 from email.utils import format_datetime
 from functools import lru_cache
+from http import HTTPStatus
 from typing import Any
 
 from services.gateway import http_errors
 from services.gateway.http_errors import unsupported_media_type
 from services.gateway.http_receiving import ReceivingBody
 from services.mesh.clock import Clock
-from services.mesh.errors import Cancelled, ConcurrencyLimit, LlmosError, MessageTooLarge
+from services.mesh.errors import Cancelled, ConcurrencyLimit, Internal, LlmosError, MessageTooLarge
 
 Scope = MutableMapping[str, Any]
 Message = MutableMapping[str, Any]
@@ -62,6 +63,9 @@ class Exchange:
         self.headers = _joined(scope["headers"])
         self._receive = receive
         self._send = send
+        cycle = scope.get("llmos.cycle")
+        self._cycle = cycle if cycle is not None and send == cycle.send else None
+        """uvicorn's part in it; None where the answer passes somebody else on its way, such as CORS."""
         self._clock = clock
         self._received_s = clock.monotonic()
         self._request_id = request_id.encode()
@@ -107,7 +111,13 @@ class Exchange:
         connection = self.scope.get("llmos.connection")
         receiving: ReceivingBody | None = None if connection is None else connection.receiving()
         if receiving is None:
-            return await self._whole(max_bytes, None)
+            body = connection.take_body(self._cycle) if connection is not None and self._cycle else None
+            if body is None:
+                return await self._whole(max_bytes, None)
+            self._received = True
+            if len(body) > max_bytes:
+                raise _too_large(max_bytes)
+            return bytes(body)
         try:
             with receiving:
                 return await self._whole(max_bytes, receiving)
@@ -180,10 +190,15 @@ class Exchange:
 
     async def respond(self, status: int, body: bytes, headers: Iterable[Header] = (JSON,)) -> None:
         """Sends the whole answer."""
-        length = (b"content-length", b"%d" % len(body))
-        if self.scope["method"] != "HEAD":
-            self._hold()
-        await self._start(status, (*headers, length))
+        headers = (*headers, (b"content-length", b"%d" % len(body)))
+        connection = self.scope.get("llmos.connection")
+        cycle = self._cycle
+        if connection is not None and cycle is not None and self.scope["method"] != "HEAD":
+            cycle.keep_alive = cycle.keep_alive and not self._close
+            if connection.answer(cycle, self._head(status, headers), body):
+                self._begun = self._complete = True
+                return
+        await self._start(status, headers)
         self._complete = True
         await self._send({"type": "http.response.body", "body": body, "more_body": False})
 
@@ -246,6 +261,21 @@ class Exchange:
 
     async def _start(self, status: int, headers: Iterable[Header]) -> None:
         self._begun = True
+        headers = self._with_common(headers)
+        if self._close:
+            headers.append((b"connection", b"close"))
+        await self._send({"type": "http.response.start", "status": status, "headers": headers})
+
+    def _head(self, status: int, headers: Iterable[Header]) -> bytes:
+        """An answer's head, but for its last line. Raises Internal where a header would be several."""
+        lines = [_status_line(status), *map(b": ".join, self._with_common(headers)), b""]
+        head = b"\r\n".join(lines)
+        if not head.count(b"\n") == head.count(b"\r") == len(lines) - 1:
+            raise Internal("a header of an answer has several lines")
+        return head
+
+    def _with_common(self, headers: Iterable[Header]) -> list[Header]:
+        """What all answers have, and these."""
         elapsed_ms = int((self._clock.monotonic() - self._received_s) * 1000)
         common = [
             (b"date", _date(int(self._clock.now().timestamp()))),
@@ -254,14 +284,18 @@ class Exchange:
         ]
         for name, value in self._response_metadata.items():
             common.append((name.encode(), value.encode()))
-        if self._close:
-            common.append((b"connection", b"close"))
-        await self._send({"type": "http.response.start", "status": status, "headers": [*common, *headers]})
+        common.extend(headers)
+        return common
 
     def _on_gone(self) -> None:
         if self._watched is not None and not self._complete:
             self.gone = True
             self._watched.cancel()
+
+
+@lru_cache(maxsize=64)
+def _status_line(status: int) -> bytes:
+    return f"HTTP/1.1 {status} {HTTPStatus(status).phrase}".encode()
 
 
 @lru_cache(maxsize=4)

@@ -68,7 +68,12 @@ class BoundedProtocol(HttpToolsProtocol):
         self._stalling: asyncio.TimerHandle | None = None
         self._in_message = False
         self._in_head = False
+        self._has_completed = False
+        """Whether what was received last ended a message."""
+        self._received_bytes = 0
+        """Of the piece that was received last."""
         self._head_bytes = 0
+        """Of a message's pieces so far: what its head has at most."""
         self._unsent_bytes = 0
         self.stalled = False
         self._gathering: GatheringTransport | None = None
@@ -99,6 +104,30 @@ class BoundedProtocol(HttpToolsProtocol):
         if self._gathering is not None:
             self._gathering.on = on
 
+    def take_body(self, cycle: RequestResponseCycle) -> bytes | None:
+        """A request's whole body; None where not all of it is here."""
+        if cycle.more_body or cycle.disconnected:
+            return None
+        body, cycle.body = bytes(cycle.body), bytearray()
+        self.flow.resume_reading()
+        return body
+
+    def answer(self, cycle: RequestResponseCycle, head: bytes, body: bytes) -> bool:
+        """Writes a whole answer in one piece, of whose head the empty line is missing; False where the reader
+        has to be waited for. As uvicorn's `send` with two messages, for a third of its time."""
+        if self.flow.write_paused:
+            return False
+        if cycle.disconnected:
+            return True
+        cycle.response_started = cycle.response_complete = True
+        cycle.message_event.set()
+        end = b"\r\n" if cycle.keep_alive else b"connection: close\r\n\r\n"
+        self.transport.write(b"".join((head, end, body)))
+        if not cycle.keep_alive:
+            self.transport.close()
+        cycle.on_response()
+        return True
+
     def hold(self) -> None:
         """Has what is written next wait for what is written after it, which has to follow."""
         if self._gathering is not None:
@@ -123,27 +152,33 @@ class BoundedProtocol(HttpToolsProtocol):
         self._on_lost()
 
     def data_received(self, data: bytes) -> None:
-        if self._receiving is None and not self._in_message:
-            self._arm()
+        self._received_bytes = len(data)
+        self._head_bytes += len(data)
+        self._has_completed = False
         super().data_received(data)
-        if self._in_head and not self.transport.is_closing():
-            self._head_bytes += len(data)
-            if self._head_bytes > self._limits.max_head_bytes:
-                self._refuse(431, "The request's head is too large.")
+        if self.transport.is_closing() or (self._has_completed and not self._in_message):
+            return
+        if self._receiving is None:
+            self._arm()
+        if self._in_head and self._head_bytes > self._limits.max_head_bytes:
+            self._refuse(431, "The request's head is too large.")
 
     def on_message_begin(self) -> None:
         super().on_message_begin()
         self.scope["llmos.connection"] = self  # type: ignore[typeddict-unknown-key]
         self._in_message = self._in_head = True
-        self._head_bytes = 0
+        self._head_bytes = self._received_bytes
 
     def on_headers_complete(self) -> None:
         self._in_head = False
-        size = len(self.url) + sum(len(name) + len(value) + 4 for name, value in self.headers)
-        if size > self._limits.max_head_bytes:
-            self._refuse(431, "The request's head is too large.")
-            return
+        max_bytes = self._limits.max_head_bytes
+        if self._head_bytes > max_bytes:  # with what came of the body
+            size = len(self.url) + sum(len(name) + len(value) + 4 for name, value in self.headers)
+            if size > max_bytes:
+                self._refuse(431, "The request's head is too large.")
+                return
         super().on_headers_complete()
+        self.scope["llmos.cycle"] = self.cycle  # type: ignore[typeddict-unknown-key]
 
     def on_body(self, body: bytes) -> None:
         if not self.transport.is_closing():
@@ -151,6 +186,7 @@ class BoundedProtocol(HttpToolsProtocol):
 
     def on_message_complete(self) -> None:
         self._in_message = False
+        self._has_completed = True
         self._disarm()
         if not self.transport.is_closing():
             super().on_message_complete()

@@ -78,12 +78,12 @@ class Chain:
         self.links = dict(links)
         self._inside_out = tuple(reversed(self.links.values()))
 
-    async def run(self, call: Call, body: Rest) -> None:
+    def run(self, call: Call, body: Rest) -> Awaitable[None]:
         """Runs the call's body inside all links. Raises LlmosError and asyncio.CancelledError only."""
         rest = body
         for link in self._inside_out:
             rest = partial(link, call, rest)
-        await rest()
+        return rest()
 
 
 def server_chain(
