@@ -15,7 +15,7 @@ from collections.abc import Callable, Mapping
 from contextvars import ContextVar
 from datetime import datetime
 from functools import partial
-from types import TracebackType
+from types import MappingProxyType, TracebackType
 
 from services.gateway.generation import FinishReason, Usage
 from services.gateway.ports import AuditPort
@@ -59,6 +59,22 @@ _EDGES = {"grpc": Edge.GRPC, "http": Edge.HTTP, "job": Edge.JOB}
 class RequestRecord:
     """One authenticated request on its way to its outcome. The use case fills in what it learns."""
 
+    model = ""
+    labels: Mapping[str, str] = MappingProxyType({})
+    usage = Usage()
+    finish_reasons: tuple[FinishReason, ...] = ()
+    time_to_first_token_s: float | None = None
+    replica = ""
+    model_revision = ""
+    numerics_id = ""
+    served_from_cache = False
+    cache_control = ""
+    """What the caller said to the response cache."""
+    is_committed = False
+    is_complete = False
+    _intent: asyncio.Future[None] | None = None
+    _begun_with: RequestFacts | None = None
+
     def __init__(
         self,
         context: RequestContext,
@@ -79,25 +95,10 @@ class RequestRecord:
         self.credential_expires_at = context.caller.expires_at
         self.response_metadata = context.response_metadata
         """Sent beside the answer or the error: see RequestContext."""
-        self.model = ""
-        self.labels: Mapping[str, str] = {}
-        self.usage = Usage()
-        self.finish_reasons: tuple[FinishReason, ...] = ()
-        self.time_to_first_token_s: float | None = None
-        self.replica = ""
-        self.model_revision = ""
-        self.numerics_id = ""
-        self.served_from_cache = False
-        self.cache_control = ""
-        """What the caller said to the response cache."""
-        self.is_committed = False
-        self.is_complete = False
         self._context = context
         self._edge = edge
         self._receive_time = receive_time
         self._audit = audit
-        self._intent: asyncio.Future[None] | None = None
-        self._begun_with: RequestFacts | None = None
 
     def begin(self, *, urgent: bool = True) -> None:
         """The request has passed all refusals: starts to write its intent, and returns at once. It is not

@@ -46,6 +46,17 @@ sending, gets to read the answer. Beyond that the connection is simply closed.""
 class Exchange:
     """Sends at most one answer; after its first byte an error becomes the stream's last event."""
 
+    gone = False
+    """The caller has left."""
+    parameter: http_errors.Parameter = str
+    """How errors name the fields of the message; a route that knows better names sets it."""
+    _begun = False
+    _complete = False
+    _close = False
+    _received = False
+    _watched: asyncio.Task[Any] | None = None
+    _failed: Callable[[LlmosError], bytes] | None = staticmethod(http_errors.event)
+
     def __init__(
         self,
         scope: Scope,
@@ -58,8 +69,6 @@ class Exchange:
     ) -> None:
         """`response_metadata` becomes headers of the answer: what it holds when the answer begins."""
         self.scope = scope
-        self.gone = False
-        """The caller has left."""
         self.headers = _joined(scope["headers"])
         self._receive = receive
         self._send = send
@@ -70,14 +79,6 @@ class Exchange:
         self._received_s = clock.monotonic()
         self._request_id = request_id.encode()
         self._response_metadata = {} if response_metadata is None else response_metadata
-        self._begun = False
-        self._complete = False
-        self._close = False
-        self._received = False
-        self._watched: asyncio.Task[Any] | None = None
-        self._failed: Callable[[LlmosError], bytes] | None = http_errors.event
-        self.parameter: http_errors.Parameter = str
-        """How errors name the fields of the message; a route that knows better names sets it."""
 
     @property
     def stalled(self) -> bool:

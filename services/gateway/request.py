@@ -6,8 +6,9 @@ yet, and the deployment's own limits. What is not offered is refused by its fiel
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 
+from google.protobuf.descriptor import FieldDescriptor
 from google.protobuf.message import Message as ProtoMessage
 from llmos.gateway.v1 import generation_pb2, generation_service_pb2, model_service_pb2
 
@@ -17,6 +18,11 @@ from services.mesh.errors import NotImplementedYet, RequestInvalid, Violation
 from services.mesh.randomness import random_bytes
 
 Spec = generation_pb2.GenerationSpec
+_NAMES: Mapping[FieldDescriptor, str] = {
+    field: field.name
+    for message in (Spec, generation_pb2.SamplingParams)
+    for field in message.DESCRIPTOR.fields
+}
 
 
 def new_seed() -> int:
@@ -52,7 +58,7 @@ class RequestParser:
         spec = message.spec
         self._check_limits(spec)
         # Of two dozen fields few are there: to ask for each takes longer.
-        there = {field.name: value for field, value in spec.ListFields()}
+        there = {_NAMES[field]: value for field, value in spec.ListFields()}
         return ValidGeneration(
             model=spec.model,
             prompt=_prompt(spec.prompt),
@@ -102,7 +108,7 @@ class RequestParser:
             raise _above(f"{path}.{kind}", self._max_prompt_bytes, "bytes")
 
     def _sampling(self, given: generation_pb2.SamplingParams) -> Sampling:
-        there = {field.name: value for field, value in given.ListFields()}
+        there = {_NAMES[field]: value for field, value in given.ListFields()}
         seed, bias = there.pop("seed", None), there.pop("logit_bias", None)
         return Sampling(
             seed=self._assign_seed() if seed is None else seed,

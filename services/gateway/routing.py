@@ -165,6 +165,8 @@ class Router:
 
     def _best(self, model: str) -> Replica | None:
         fit = [replica for replica in self._replicas if replica.healthy and model in replica.models]
+        if len(fit) == 1:
+            return fit[0]
         return min(fit, key=lambda replica: replica.running / replica.max_running, default=None)
 
     async def _ask_all(self) -> None:

@@ -18,6 +18,7 @@ from collections import OrderedDict
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import datetime
+from functools import lru_cache
 from typing import NamedTuple, TypeVar
 
 from services.mesh.actions import Action
@@ -207,6 +208,7 @@ class _View:
             self._denies += _rules(role, Effect.DENY)
         for role in foreign:
             self._denies += _rules(role, Effect.DENY)
+        self.has_rules = bool(self._allows or self._denies)
         self._may = frozenset(self.unconditional).union(*(rule.scopes for rule, _ in self._allows))
         self.indexes: dict[tuple[Effect, str, int], RuleIndex[Decision]] = {}
 
@@ -251,25 +253,33 @@ def _by_roles(
         # The last is the least of them.
         missing = action.scopes[-1]
         return Decision(False, DEFAULT, f"The credential lacks the scope `{missing}`.", missing)
-    query = Query(address, facts.at, facts.model, facts.task, facts.max_tokens, facts.labels)
-    # A rule that denies any of the scopes denies the action, even where another scope would do.
-    for scope in action.scopes or ("",):
-        denied = view.index(Effect.DENY, scope, query.known).first(query)
-        if denied is not None:
-            return denied
+    query: Query | None = None
+    if view.has_rules:
+        query = Query(address, facts.at, facts.model, facts.task, facts.max_tokens, facts.labels)
+        # A rule that denies any of the scopes denies the action, even where another scope would do.
+        for scope in action.scopes or ("",):
+            denied = view.index(Effect.DENY, scope, query.known).first(query)
+            if denied is not None:
+                return denied
     if not action.scopes:
         return Decision(True, DEFAULT, "Any valid credential may do this.")
     for scope in scopes:
         if scope in direct:
-            return Decision(True, f"client scope {scope}", f"The credential has the scope `{scope}`.")
+            return _by_client(scope)
         role_id = view.unconditional.get(scope)
         if role_id is not None:
             return Decision(True, f"role {role_id}", f"The role `{role_id}` allows `{scope}`.")
-    for scope in scopes:
-        allowed = view.index(Effect.ALLOW, scope, query.known).first(query)
-        if allowed is not None:
-            return allowed
+    if query is not None:
+        for scope in scopes:
+            allowed = view.index(Effect.ALLOW, scope, query.known).first(query)
+            if allowed is not None:
+                return allowed
     return Decision(False, DEFAULT, "No rule of the credential's roles allows this request.")
+
+
+@lru_cache(maxsize=256)
+def _by_client(scope: str) -> Decision:
+    return Decision(True, f"client scope {scope}", f"The credential has the scope `{scope}`.")
 
 
 def _decided(role: Role, rule: Rule) -> Decision:

@@ -48,9 +48,9 @@ class _UnknownRuleError(Exception):
 class _Plan:
     """What to check of one kind of message."""
 
-    checks: Mapping[int, Check]
-    """By field number, of those that are there. Of a field that is missing here nothing is known."""
-    needed: frozenset[int]
+    checks: Mapping[FieldDescriptor, Check]
+    """By field, of those that are there. Of a field that is missing here nothing is known."""
+    needed: frozenset[FieldDescriptor]
     """Fields that have to be there."""
     oneofs: tuple[str, ...]
     """One of each has to be there."""
@@ -66,11 +66,10 @@ def surely_valid(message: Message) -> bool:
     checks, needed = plan.checks, plan.needed
     missing = len(needed)
     for field, value in message.ListFields():
-        number = field.number
-        check = checks.get(number)
+        check = checks.get(field)
         if check is None or not check(value):
             return False
-        if number in needed:
+        if field in needed:
             missing -= 1
     if missing:
         return False
@@ -102,8 +101,8 @@ def _made(kind: Descriptor) -> _Plan:
         _only(choice, "required")
         if choice.required:
             oneofs.append(oneof.name)
-    checks: dict[int, Check] = {}
-    needed: set[int] = set()
+    checks: dict[FieldDescriptor, Check] = {}
+    needed: set[FieldDescriptor] = set()
     for field in kind.fields:
         rules_of = field.GetOptions().Extensions[validate_pb2.field]
         try:
@@ -112,11 +111,11 @@ def _made(kind: Descriptor) -> _Plan:
             if not field.has_presence:
                 raise  # the rule may also be about what is not there
             if rules_of.required:
-                needed.add(field.number)
+                needed.add(field)
             continue
-        checks[field.number] = check
+        checks[field] = check
         if rules_of.required or (not field.has_presence and not check(_empty(field))):
-            needed.add(field.number)
+            needed.add(field)
     return _Plan(checks, frozenset(needed), tuple(oneofs), tuple(whole))
 
 

@@ -6,6 +6,7 @@ The script that Redis runs does the same in Lua; one contract suite keeps them s
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 from services.gateway.limits.limiter import MINUTE_S, Limit, Refused, Standing
 from services.mesh.policy import LimitUnit
@@ -14,19 +15,41 @@ CONCURRENCY_WAIT_S = 1.0
 """When to try again where too many requests run: nobody knows when one ends."""
 
 
+@dataclass(slots=True, eq=False)
+class Counter:
+    """What is counted for a limit."""
+
+    value: float
+    """What a bucket held `at_s`; of a sum, what was used."""
+    at_s: float
+    reserved: int = 0
+
+    def refill(self, limit: Limit, now_s: float) -> None:
+        """What has flowed into a bucket since."""
+        self.value = min(limit.limit, self.value + (now_s - self.at_s) * limit.limit / MINUTE_S)
+        self.at_s = now_s
+
+    def end(self, limit: Limit, now_s: float, taken: int, amount: int) -> None:
+        """Of what was `taken`, the amount was used."""
+        self.reserved -= taken
+        if not limit.is_rate:
+            self.value += amount
+        elif taken != amount:
+            self.refill(limit, now_s)
+            self.value = min(limit.limit, self.value + taken - amount)
+
+
 def fits(limit: Limit, value: float, reserved: int, amount: int) -> bool:
     """Whether so much may be taken."""
     return value >= amount if limit.is_rate else value + reserved + amount <= limit.limit
 
 
-def refilled(limit: Limit, value: float, elapsed_s: float) -> float:
-    """What a bucket holds after a time."""
-    return min(float(limit.limit), value + elapsed_s * limit.limit / MINUTE_S)
-
-
-def settled(limit: Limit, value: float, taken: int, amount: int) -> float:
-    """The value when `taken` was reserved, and `amount` was used."""
-    return min(float(limit.limit), value + taken - amount) if limit.is_rate else value + amount
+def all_fit(limits: Sequence[Limit], counters: Sequence[Counter], amounts: Sequence[int]) -> bool:
+    """Whether so much may be taken of each."""
+    for limit, counter, amount in zip(limits, counters, amounts, strict=True):
+        if not fits(limit, counter.value, counter.reserved, amount):
+            return False
+    return True
 
 
 def standing(limit: Limit, value: float, reserved: int, left_s: float) -> Standing:

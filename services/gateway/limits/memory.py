@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 from services.gateway.limits import counting
+from services.gateway.limits.counting import Counter
 from services.gateway.limits.limiter import Amounts, Hold, Limit, Refused, Standing
 from services.gateway.limits.periods import Periods
 from services.mesh.clock import Clock
@@ -20,16 +21,8 @@ SWEEP_S = 1.0
 
 
 @dataclass(slots=True, eq=False)
-class _Counter:
-    value: float
-    """What a bucket held `at_s`; of a sum, what was used."""
-    at_s: float
-    reserved: int = 0
-
-
-@dataclass(slots=True, eq=False)
 class _MemoryHold(Hold):
-    counters: list[_Counter] = field(default_factory=list)
+    counters: list[Counter] = field(default_factory=list)
     taken: list[int] = field(default_factory=list)
     expires_s: float = 0.0
 
@@ -42,7 +35,7 @@ class MemoryLimiter:
         self._weight = weight
         self._max_counters = max_counters
         self._periods = Periods(clock)
-        self._counters: OrderedDict[str, _Counter] = OrderedDict()
+        self._counters: OrderedDict[str, Counter] = OrderedDict()
         self._held: dict[int, _MemoryHold] = {}
         """Bounded by the requests that run."""
         self._ids = itertools.count(1)
@@ -58,10 +51,8 @@ class MemoryLimiter:
             self._sweep(now_s)
         counters = [self._counter(limit, now_s) for limit in limits]
         taken = self._taken(limits, amounts)
-        if not force:
-            for limit, counter, amount in zip(limits, counters, taken, strict=True):
-                if not counting.fits(limit, counter.value, counter.reserved, amount):
-                    raise self._refusal(limits, counters, taken)
+        if not force and not counting.all_fit(limits, counters, taken):
+            raise self._refusal(limits, counters, taken)
         standings: list[Standing] = []
         for limit, counter, amount in zip(limits, counters, taken, strict=True):
             counter.reserved += amount
@@ -95,7 +86,7 @@ class MemoryLimiter:
         now_s = self._clock.monotonic()
         used = self._taken(hold.limits, amounts)
         for limit, counter, taken, amount in zip(hold.limits, hold.counters, hold.taken, used, strict=True):
-            _end(limit, counter, now_s, taken, amount)
+            counter.end(limit, now_s, taken, amount)
 
     async def remaining(self, limits: Sequence[Limit]) -> list[Standing]:
         return self.standings(limits)
@@ -136,17 +127,17 @@ class MemoryLimiter:
         """At least one request of a limit goes through, however many gateways there are."""
         return max(amount, min(amount * self._weight, limit.limit))
 
-    def _counter(self, limit: Limit, now_s: float) -> _Counter:
+    def _counter(self, limit: Limit, now_s: float) -> Counter:
         """With what has flowed in meanwhile."""
         name = self.name(limit) if limit.is_budget else limit.counter
         counter = self._counters.get(name)
         if counter is None:
-            counter = self._counters[name] = _Counter(float(limit.limit) if limit.is_rate else 0.0, now_s)
+            counter = self._counters[name] = Counter(float(limit.limit) if limit.is_rate else 0.0, now_s)
             self._make_room()
         else:
             self._counters.move_to_end(name)
             if limit.is_rate:
-                _refill(limit, counter, now_s)
+                counter.refill(limit, now_s)
         return counter
 
     def _make_room(self) -> None:
@@ -163,27 +154,13 @@ class MemoryLimiter:
         for hold in [hold for hold in self._held.values() if hold.expires_s <= now_s]:
             del self._held[hold.hold_id]
             for index, (limit, counter) in enumerate(zip(hold.limits, hold.counters, strict=True)):
-                _end(limit, counter, now_s, hold.taken[index], 0)
+                counter.end(limit, now_s, hold.taken[index], 0)
                 hold.taken[index] = 0
 
-    def _standing(self, limit: Limit, counter: _Counter) -> Standing:
+    def _standing(self, limit: Limit, counter: Counter) -> Standing:
         return counting.standing(limit, counter.value, counter.reserved, self.left_s(limit))
 
-    def _refusal(
-        self, limits: Sequence[Limit], counters: Sequence[_Counter], taken: Sequence[int]
-    ) -> Refused:
+    def _refusal(self, limits: Sequence[Limit], counters: Sequence[Counter], taken: Sequence[int]) -> Refused:
         values = [counter.value for counter in counters]
         standings = [self._standing(*each) for each in zip(limits, counters, strict=True)]
         return counting.refusal(limits, values, taken, [self.left_s(limit) for limit in limits], standings)
-
-
-def _end(limit: Limit, counter: _Counter, now_s: float, taken: int, amount: int) -> None:
-    counter.reserved -= taken
-    if limit.is_rate:
-        _refill(limit, counter, now_s)
-    counter.value = counting.settled(limit, counter.value, taken, amount)
-
-
-def _refill(limit: Limit, counter: _Counter, now_s: float) -> None:
-    counter.value = counting.refilled(limit, counter.value, now_s - counter.at_s)
-    counter.at_s = now_s

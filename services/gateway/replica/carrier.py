@@ -94,6 +94,7 @@ class Carrier(Generic[Answer]):
 
     def __init__(self, source: CarrySource[Answer], clock: Clock) -> None:
         self._clock = clock
+        self._loop = asyncio.get_running_loop()
         self._written_s = float("-inf")
         self.connection = source.connection()
         self.is_open = False
@@ -119,13 +120,12 @@ class Carrier(Generic[Answer]):
             return None
         self._number = number = self._number + 1
         call = CarriedCall(number, request, metadata, timeout_s, size_bytes)
-        loop = asyncio.get_running_loop()
-        waiting: asyncio.Future[Answer | LlmosError] = loop.create_future()
+        waiting: asyncio.Future[Answer | LlmosError] = self._loop.create_future()
         self._waiting[number] = waiting
         self._unsent.append(call)
         self._news.set()
         # The replica says so first, if it can still say anything.
-        expiry = loop.call_later(timeout_s, _expire, waiting)
+        expiry = self._loop.call_later(timeout_s, _expire, waiting)
         try:
             answer = await waiting
         finally:

@@ -54,6 +54,7 @@ _CARRIED_METADATA = (
     ("traceparent", "traceparent"),
     ("tracestate", "tracestate"),
 )
+_REASONS = {int(reason): reason for reason in FinishReason}
 _SAMPLING = (
     *("temperature", "top_p", "top_k", "min_p"),
     *("presence_penalty", "frequency_penalty", "repetition_penalty"),
@@ -294,12 +295,16 @@ def _fill_spec(spec: generation_pb2.GenerationSpec, request: ValidGeneration) ->
         spec.sampling.logit_bias[token_id] = bias
     if request.max_tokens is not None:
         spec.max_tokens = request.max_tokens
-    spec.stop.extend(request.stop)
-    spec.stop_token_ids.extend(request.stop_token_ids)
     spec.n = request.n
-    spec.logprobs = request.logprobs
-    spec.top_logprobs = request.top_logprobs
-    spec.ignore_eos = request.ignore_eos
+    # What nearly nobody asks for.
+    if request.stop:
+        spec.stop.extend(request.stop)
+    if request.stop_token_ids:
+        spec.stop_token_ids.extend(request.stop_token_ids)
+    if request.logprobs:
+        spec.logprobs, spec.top_logprobs = True, request.top_logprobs
+    if request.ignore_eos:
+        spec.ignore_eos = True
     # end_user and labels stay here: the engine has no use for them.
 
 
@@ -337,12 +342,13 @@ def _same(number: IntEnum) -> Any:
 
 
 def _finished(message: generation_pb2.Finished) -> Finished:
-    ends = sorted(message.choices, key=lambda end: end.index)
+    ends: Sequence[generation_pb2.ChoiceEnd] = message.choices
+    usage = message.usage
+    if len(ends) > 1:
+        ends = sorted(ends, key=lambda end: end.index)
     return Finished(
-        tuple(FinishReason(end.finish_reason) for end in ends),
-        Usage(
-            message.usage.prompt_tokens, message.usage.completion_tokens, message.usage.cached_prompt_tokens
-        ),
+        tuple([_REASONS[end.finish_reason] for end in ends]),
+        Usage(usage.prompt_tokens, usage.completion_tokens, usage.cached_prompt_tokens),
     )
 
 
