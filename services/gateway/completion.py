@@ -9,7 +9,8 @@ from __future__ import annotations
 
 from collections.abc import AsyncGenerator
 from contextlib import aclosing
-from dataclasses import dataclass
+
+from msgspec import Struct
 
 from services.gateway.admission.claim import Claim
 from services.gateway.admission.permits import Admission, Permit
@@ -49,8 +50,7 @@ MAX_ATTEMPTS = 2
 """A replica that is lost before it has sent anything is replaced once."""
 
 
-@dataclass(slots=True)
-class _Progress:
+class _Progress(Struct, eq=False):
     """What has been seen of an answer so far."""
 
     ticket: Ticket

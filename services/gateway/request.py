@@ -6,7 +6,7 @@ yet, and the deployment's own limits. What is not offered is refused by its fiel
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 
 from google.protobuf.descriptor import FieldDescriptor
 from google.protobuf.message import Message as ProtoMessage
@@ -18,6 +18,9 @@ from services.mesh.errors import NotImplementedYet, RequestInvalid, Violation
 from services.mesh.randomness import random_bytes
 
 Spec = generation_pb2.GenerationSpec
+_ROLES = {int(role): role for role in Role}
+_SELDOM = frozenset({"tools", "tool_choice", "response_format"})
+"""What may not be offered, of a spec."""
 _NAMES: Mapping[FieldDescriptor, str] = {
     field: field.name
     for message in (Spec, generation_pb2.SamplingParams)
@@ -54,11 +57,13 @@ class RequestParser:
     ) -> ValidGeneration:
         """Raises RequestInvalid or NotImplementedYet, which name the fields."""
         validation.validate(message)
-        refuse_unoffered(_unoffered(message))
         spec = message.spec
-        self._check_limits(spec)
         # Of two dozen fields few are there: to ask for each takes longer.
         there = {_NAMES[field]: value for field, value in spec.ListFields()}
+        refuse_unoffered(
+            [*_unoffered_beside(message, there), *_unoffered_in_prompt(spec.prompt, "spec.prompt")]
+        )
+        self._check_limits(spec)
         return ValidGeneration(
             model=spec.model,
             prompt=_prompt(spec.prompt),
@@ -131,9 +136,8 @@ def validate(message: ProtoMessage) -> None:
     validation.validate(message)
 
 
-def refuse_unoffered(fields: Iterable[str]) -> None:
+def refuse_unoffered(named: Sequence[str]) -> None:
     """Raises NotImplementedYet, which names the fields, where there are any."""
-    named = list(fields)
     if named:
         names = ", ".join(f"`{name}`" for name in named)
         raise NotImplementedYet(
@@ -143,35 +147,42 @@ def refuse_unoffered(fields: Iterable[str]) -> None:
         )
 
 
-def _unoffered(
+def _unoffered_beside(
     message: generation_service_pb2.GenerateRequest | generation_service_pb2.StreamGenerateRequest,
-) -> Iterable[str]:
+    there: Mapping[str, object],
+) -> Sequence[str]:
+    """What is not in the prompt; `there` are the fields of the spec."""
+    resumable = isinstance(message, generation_service_pb2.StreamGenerateRequest) and message.resumable
+    if _SELDOM.isdisjoint(there) and not (resumable or message.idempotency_key):
+        return ()
+    found = []
     if message.idempotency_key:
-        yield "idempotency_key"
-    if isinstance(message, generation_service_pb2.StreamGenerateRequest) and message.resumable:
-        yield "resumable"
+        found.append("idempotency_key")
+    if resumable:
+        found.append("resumable")
     spec = message.spec
     if spec.tools:
-        yield "spec.tools"
+        found.append("spec.tools")
     if spec.HasField("tool_choice") and (
         spec.tool_choice.tool_name or spec.tool_choice.mode == generation_pb2.ToolChoice.MODE_REQUIRED
     ):
         # The other modes change nothing where there are no tools.
-        yield "spec.tool_choice"
+        found.append("spec.tool_choice")
     if spec.HasField("response_format") and spec.response_format.WhichOneof("format"):
-        yield "spec.response_format"
-    yield from _unoffered_in_prompt(spec.prompt, "spec.prompt")
+        found.append("spec.response_format")
+    return found
 
 
-def _unoffered_in_prompt(prompt: generation_pb2.Prompt, path: str) -> Iterable[str]:
+def _unoffered_in_prompt(prompt: generation_pb2.Prompt, path: str) -> Sequence[str]:
+    found = []
     for index, message in enumerate(prompt.chat.messages):
-        where = f"{path}.chat.messages[{index}]"
         if message.role == generation_pb2.ROLE_TOOL:
-            yield f"{where}.role"
+            found.append(f"{path}.chat.messages[{index}].role")
         if message.tool_calls:
-            yield f"{where}.tool_calls"
+            found.append(f"{path}.chat.messages[{index}].tool_calls")
         if message.tool_call_id:
-            yield f"{where}.tool_call_id"
+            found.append(f"{path}.chat.messages[{index}].tool_call_id")
+    return found
 
 
 def _prompt(prompt: generation_pb2.Prompt) -> Prompt:
@@ -179,7 +190,7 @@ def _prompt(prompt: generation_pb2.Prompt) -> Prompt:
         return Prompt(text=prompt.text)
     return Prompt(
         messages=tuple(
-            Message(Role(message.role), tuple(part.text for part in message.content), message.name)
+            Message(_ROLES[message.role], tuple(part.text for part in message.content), message.name)
             for message in prompt.chat.messages
         )
     )

@@ -21,6 +21,8 @@ from datetime import datetime
 from functools import lru_cache
 from typing import NamedTuple, TypeVar
 
+from msgspec import Struct
+
 from services.mesh.actions import Action
 from services.mesh.addresses import Address, NetworkMap, parse_address
 from services.mesh.context import Identity
@@ -41,7 +43,7 @@ _K = TypeVar("_K")
 _V = TypeVar("_V")
 
 
-class Facts(NamedTuple):
+class Facts(Struct, frozen=True):
     """What is known of a request.
 
     None: not known yet. A rule that allows and depends on it may still hold; one that denies does not fire

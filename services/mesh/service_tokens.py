@@ -55,12 +55,12 @@ class ServiceTokens:
         self._port = port
         self._clock = clock
         self._min_interval_s = min_interval_s
-        self._own = {audience: _Own() for audience in Audience}
+        self._own: dict[str, _Own] = {audience: _Own() for audience in Audience}
 
     async def token(self, audience: str) -> str:
         """A token for the audience, one of `Audience`. Raises DependencyUnavailable where there is none
         and auth gives none."""
-        own = self._own[Audience(audience)]
+        own = self._own[audience]
         now_s = self._clock.monotonic()
         if now_s < own.renew_s:
             return own.token

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+
+from msgspec import Struct
 
 from services.mesh.audit_protocol import MAX_HELD_EPOCHS, HeldEpoch, Place, ProducerReport
 from services.mesh.spool_frames import Append
@@ -14,8 +15,7 @@ EVENT_OVERHEAD_BYTES = 160
 """What an event costs beside its body: its request's id, its trace, its share of frames."""
 
 
-@dataclass(slots=True)
-class OpenIntent:
+class OpenIntent(Struct, eq=False):
     """An intent without an outcome."""
 
     promised: int

@@ -214,13 +214,16 @@ def _seen(context: RequestContext, metadata: Mapping[str, str | bytes], protocol
         yield span
 
 
+_STATUS_NAMES = {status: status.name for status in Status}
+
+
 def call_ended(span: Span, method: str, protocol: str, status: Status, duration_s: float) -> None:
     """Records a call's end on its span and in the metrics."""
     if span.is_recording():
         span.set_attribute("rpc.grpc.status_code", int(status))
         if status in _SERVER_FAULTS:
             span.set_status(StatusCode.ERROR, status.name)
-    call_duration.record(duration_s, (method, protocol, status.name))
+    call_duration.record(duration_s, (method, protocol, _STATUS_NAMES[status]))
 
 
 def is_unseen() -> bool:

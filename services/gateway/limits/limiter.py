@@ -4,7 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import NamedTuple, Protocol
+from typing import Protocol
+
+from msgspec import Struct
 
 from services.mesh.policy import BUDGETS, BudgetPeriod, LimitScope, LimitUnit
 
@@ -42,32 +44,26 @@ class Limit:
         object.__setattr__(self, "index", int(self.unit))
 
 
-class Amounts(NamedTuple):
-    """What one request takes of limits, by unit: `amounts[limit.index]`."""
-
-    none: int
-    requests: int
-    tokens: int
-    concurrent: int
-    budget_tokens: int
-    budget_money: int
+Amounts = tuple[int, int, int, int, int, int]
+"""What one request takes of limits, by unit, `amounts[limit.index]`: nothing, requests, tokens, requests that
+run, and tokens and money of budgets."""
 
 
 def asked(tokens: int, money: int) -> Amounts:
     """What is reserved for a request."""
-    return Amounts(0, 1, tokens, 1, tokens, money)
+    return 0, 1, tokens, 1, tokens, money
 
 
 def used(tokens: int, money: int) -> Amounts:
     """What a request has used, at its end."""
-    return Amounts(0, 1, tokens, 0, tokens, money)
+    return 0, 1, tokens, 0, tokens, money
 
 
-NOTHING = Amounts(0, 0, 0, 0, 0, 0)
+NOTHING: Amounts = (0, 0, 0, 0, 0, 0)
 """What is used by a request for which no work began."""
 
 
-class Standing(NamedTuple):
+class Standing(Struct, frozen=True):
     """How a limit stands."""
 
     remaining: int
@@ -78,8 +74,7 @@ class Standing(NamedTuple):
     """Of what is gone, what is held for requests that have not ended."""
 
 
-@dataclass(slots=True, eq=False)
-class Hold:
+class Hold(Struct, eq=False):
     """What is reserved for one request, until it is settled or expires."""
 
     hold_id: int

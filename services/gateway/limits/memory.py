@@ -6,7 +6,8 @@ from __future__ import annotations
 import itertools
 from collections import OrderedDict
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+
+from msgspec import field
 
 from services.gateway.limits import counting
 from services.gateway.limits.counting import Counter
@@ -20,8 +21,7 @@ SWEEP_S = 1.0
 """How often it looks for reservations that have expired."""
 
 
-@dataclass(slots=True, eq=False)
-class _MemoryHold(Hold):
+class _MemoryHold(Hold, eq=False):
     counters: list[Counter] = field(default_factory=list)
     taken: list[int] = field(default_factory=list)
     expires_s: float = 0.0

@@ -9,8 +9,9 @@ from __future__ import annotations
 import asyncio
 import secrets
 from collections.abc import Coroutine, Sequence
-from dataclasses import dataclass, field
 from typing import Any
+
+from msgspec import field
 
 from services.gateway.limits import counting
 from services.gateway.limits.limiter import MINUTE_S, NOTHING, Amounts, Hold, Limit, Standing
@@ -25,8 +26,7 @@ SPARE_S = 2 * MINUTE_S
 """Keys live so much longer than they are needed. A bucket that nobody uses is full after a minute."""
 
 
-@dataclass(slots=True, eq=False)
-class _RedisHold(Hold):
+class _RedisHold(Hold, eq=False):
     names: list[str] = field(default_factory=list)
     """Of the counters, in the period in which it was made."""
     expires_s: float = 0.0

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Sequence
 
 import msgspec
 from msgspec import UNSET, Struct
@@ -38,6 +38,7 @@ REFUSED: Harmless = {
     "web_search_options": (),
 }
 REFUSED_IN_MESSAGE: Harmless = {"audio": (), "function_call": (), "tool_calls": ([],)}
+_OF_REQUEST, _OF_MESSAGE = parsing.Unoffered(REFUSED), parsing.Unoffered(REFUSED_IN_MESSAGE)
 
 
 class Part(Struct):
@@ -123,11 +124,12 @@ def parse(body: bytes) -> ChatRequest:
     return request
 
 
-def _unoffered(request: ChatRequest) -> Iterator[str]:
-    yield from parsing.unoffered(request, REFUSED)
+def _unoffered(request: ChatRequest) -> Sequence[str]:
+    found = [*_OF_REQUEST.asked(request)]
     for index, message in enumerate(request.messages):
-        yield from parsing.unoffered(message, REFUSED_IN_MESSAGE, f"messages[{index}].")
+        found += _OF_MESSAGE.asked(message, f"messages[{index}].")
         if isinstance(message.content, list):
             for place, part in enumerate(message.content):
                 if part.type != "text":
-                    yield f"messages[{index}].content[{place}].type"
+                    found.append(f"messages[{index}].content[{place}].type")
+    return found

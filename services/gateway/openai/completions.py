@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Sequence
 
 import msgspec
 from msgspec import UNSET
@@ -12,6 +12,7 @@ from services.gateway.openai.parsing import U32, Given, Harmless, Sampled, Strea
 from services.gateway.request import refuse_unoffered
 
 REFUSED: Harmless = {"echo": (False,), "suffix": ("",)}
+_UNOFFERED = parsing.Unoffered(REFUSED)
 
 
 class CompletionRequest(Sampled, kw_only=True, forbid_unknown_fields=True):
@@ -56,11 +57,12 @@ def parse(body: bytes) -> CompletionRequest:
     return request
 
 
-def _unoffered(request: CompletionRequest) -> Iterator[str]:
+def _unoffered(request: CompletionRequest) -> Sequence[str]:
+    found = []
     if isinstance(request.prompt, list) and (
         len(request.prompt) > 1 or not isinstance(request.prompt[0], str)
     ):
-        yield "prompt"
+        found.append("prompt")
     if request.best_of is not None and request.best_of != (request.n or 1):
-        yield "best_of"
-    yield from parsing.unoffered(request, REFUSED)
+        found.append("best_of")
+    return [*found, *_UNOFFERED.asked(request)]

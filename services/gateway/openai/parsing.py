@@ -7,7 +7,8 @@ the answer, and those that are refused because ignoring them would. What stands 
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping, Sequence
+from operator import attrgetter
 from typing import Annotated, Any, TypeVar
 
 import msgspec
@@ -97,12 +98,21 @@ def refuse(field: str, description: str) -> RequestInvalid:
     return RequestInvalid(f"`{field}` {description}.", violations=[Violation(field, description)])
 
 
-def unoffered(given: Struct, fields: Harmless, path: str = "") -> Iterable[str]:
-    """Those of `fields` that ask for something."""
-    for name, harmless in fields.items():
-        value = getattr(given, name)
-        if value is not UNSET and asks(value, harmless):
-            yield path + name
+class Unoffered:
+    """Fields that are not offered, each with the values that ask for nothing and pass."""
+
+    def __init__(self, harmless: Harmless) -> None:
+        self._harmless = harmless
+        self._values = attrgetter(*harmless)
+        self._none = (UNSET,) * len(harmless)
+
+    def asked(self, given: Struct, path: str = "") -> Sequence[str]:
+        """Those that ask for something."""
+        values: tuple[Given, ...] = self._values(given)
+        if values == self._none:  # as of nearly all
+            return ()
+        fields = zip(values, self._harmless.items(), strict=True)
+        return [path + name for value, (name, harmless) in fields if asks(value, harmless)]
 
 
 def asks(given: Given, harmless: tuple[Any, ...]) -> bool:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
 import msgspec
@@ -57,6 +57,7 @@ REFUSED: Harmless = {
     "truncation": ("disabled",),
 }
 REFUSED_IN_TEXT: Harmless = {"format": ({"type": "text"},), "verbosity": ("medium",)}
+_OF_REQUEST, _OF_TEXT = parsing.Unoffered(REFUSED), parsing.Unoffered(REFUSED_IN_TEXT)
 _TEXT_PARTS = frozenset({"input_text", "output_text", "text"})
 
 
@@ -184,12 +185,13 @@ def parse(body: bytes) -> ResponsesRequest:
     return request
 
 
-def _unoffered(request: ResponsesRequest) -> Iterator[str]:
-    yield from parsing.unoffered(request, REFUSED)
+def _unoffered(request: ResponsesRequest) -> Sequence[str]:
+    found = [*_OF_REQUEST.asked(request)]
     if request.text is not None:
-        yield from parsing.unoffered(request.text, REFUSED_IN_TEXT, "text.")
+        found += _OF_TEXT.asked(request.text, "text.")
     if isinstance(request.input, list):
-        yield from _kinds(request.input)
+        found += _kinds(request.input)
+    return found
 
 
 def _kinds(items: Iterable[Any]) -> Iterator[str]:
@@ -203,10 +205,9 @@ def _kinds(items: Iterable[Any]) -> Iterator[str]:
                     yield f"input[{index}].content[{place}].type"
 
 
-def _other_kinds(body: bytes) -> Iterator[str]:
+def _other_kinds(body: bytes) -> Sequence[str]:
     try:
         found = _tolerant.decode(body)
     except (msgspec.DecodeError, UnicodeDecodeError, RecursionError):
-        return
-    if isinstance(found.input, list):
-        yield from _kinds(found.input)
+        return ()
+    return [*_kinds(found.input)] if isinstance(found.input, list) else ()

@@ -118,7 +118,7 @@ def partly_known(draw: st.DrawFn) -> tuple[Facts, Facts]:
     """Facts, and the same with some not known."""
     whole = draw(KNOWN)
     hidden = draw(st.sets(st.sampled_from(["model", "task", "max_tokens", "labels"])))
-    return whole, whole._replace(**dict.fromkeys(hidden))  # type: ignore[arg-type]
+    return whole, structs.replace(whole, **dict.fromkeys(hidden))
 
 
 def reference(document: PolicyDocument, identity: Identity, action: Action, known: Facts) -> bool:
