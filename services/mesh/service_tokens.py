@@ -60,7 +60,9 @@ class ServiceTokens:
     async def token(self, audience: str) -> str:
         """A token for the audience, one of `Audience`. Raises DependencyUnavailable where there is none
         and auth gives none."""
-        own = self._own[audience]
+        own = self._own.get(audience)
+        if own is None:
+            raise ValueError(f"there is no audience {audience!r}")
         now_s = self._clock.monotonic()
         if now_s < own.renew_s:
             return own.token

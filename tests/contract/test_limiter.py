@@ -19,6 +19,7 @@ from services.gateway.limits.memory import MemoryLimiter
 from services.gateway.limits.redis_limiter import RedisLimiter
 from services.gateway.redis import Redis
 from services.mesh.clock import ManualClock, SystemClock
+from services.mesh.policy import LimitUnit
 from tests.framework.limiters import ONE, Under, limits
 from tests.framework.valkey import ValkeyServer
 
@@ -184,7 +185,7 @@ async def test_nothing_leaks_whatever_happens(
     for what, tokens in actions:
         if what == "reserve":
             sums, running = usage, len(held)
-            outstanding = sum(hold.amounts.tokens for hold in held)
+            outstanding = sum(hold.amounts[LimitUnit.TOKENS_PER_MINUTE] for hold in held)
             try:
                 hold = await under.limiter.reserve(on, asked(tokens, tokens * 100), 600)
             except Refused:
@@ -200,7 +201,7 @@ async def test_nothing_leaks_whatever_happens(
                 hold = held.pop(picks.randrange(len(held)))
                 amounts: Amounts = used(tokens, tokens * 100) if what == "settle" else NOTHING
                 under.limiter.settle(hold, amounts)
-                usage += amounts.tokens
+                usage += amounts[LimitUnit.TOKENS_PER_MINUTE]
             await under.limiter.idle()
     for hold in held:
         under.limiter.settle(hold, NOTHING)
