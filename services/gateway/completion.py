@@ -176,6 +176,7 @@ class Completions:
                                             self._check(event, record, request, progress)
                                             yield event
                                         elif isinstance(event, EngineStarted):
+                                            progress.ticket.correct(event.prompt_tokens)
                                             yield await self._begun(event, record, request, progress)
                                         else:
                                             self._finish(event, record, request, progress)
@@ -300,7 +301,6 @@ class Completions:
         if progress.engine is not None:
             raise Internal("a replica began the same answer twice")
         progress.engine = event
-        progress.ticket.correct(event.prompt_tokens)
         # The last moment: nothing may reach the caller before the intent is on disk.
         await record.committed()
         return Started(record.request_id, request.model, event.model_revision, request.sampling.seed)

@@ -120,11 +120,11 @@ class KafkaPublisher:
             partition = partitions[(murmur2(key) & 0x7FFFFFFF) % len(partitions)]
             batch = producer.create_batch()
             for record in batch_of:
-                arguments: dict[str, Any] = {"key": record.key, "value": record.value, "timestamp": None}
-                if batch.append(**arguments, headers=list(record.headers)) is None:
+                headers = list(record.headers)
+                if batch.append(key=key, value=record.value, timestamp=None, headers=headers) is None:
                     sent.append(await producer.send_batch(batch, topic, partition=partition))
                     batch = producer.create_batch()
-                    batch.append(**arguments, headers=list(record.headers))
+                    batch.append(key=key, value=record.value, timestamp=None, headers=headers)
             sent.append(await producer.send_batch(batch, topic, partition=partition))
         await asyncio.gather(*sent)
 

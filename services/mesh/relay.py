@@ -108,7 +108,8 @@ class Relay:
         events = await self._spool.read_after(self._plan.mark, max_events, MAX_BATCH_BYTES)
         if not events:
             return 0
-        await self._publisher.publish([self._record(event) for event in events])
+        key = self._spool.producer.encode()
+        await self._publisher.publish([self._record(key, event) for event in events])
         self._metrics.published(len(events), again=events[0].place <= self._plan.highest)
         self._plan.published(events[-1].place)
         self._published.set()
@@ -136,16 +137,16 @@ class Relay:
             spool.appended.set()
         return trimmed
 
-    def _record(self, event: SpooledEvent) -> Record:
+    def _record(self, key: bytes, event: SpooledEvent) -> Record:
         place = event.place
         producer = self._spool.producer
         value = event_codec.complete(
             event.body, producer, place, self._spool.ledger.floor(place.epoch), event.outcome_of
         )
-        headers = [(PLACE_HEADER, f"{place.epoch}/{place.sequence}".encode())]
-        if event.traceparent:
-            headers.append(("traceparent", event.traceparent.encode()))
-        return Record(producer.encode(), value, tuple(headers), event.topic)
+        at = (PLACE_HEADER, f"{place.epoch}/{place.sequence}".encode())
+        if not event.traceparent:
+            return Record(key, value, (at,), event.topic)
+        return Record(key, value, (at, ("traceparent", event.traceparent.encode())), event.topic)
 
     async def _keep_publishing(self) -> None:
         appended, hurried = self._spool.appended, self._spool.hurried

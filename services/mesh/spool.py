@@ -184,7 +184,7 @@ class Spool:
         if not self._running or not ledger.admit(len(body), promised):
             self._gap.count()
             return self._waiting.turned_away()
-        append = Append(body, now.timestamp(), traceparent(), intent_of=request_id)
+        append = Append(body, now.timestamp(), traceparent(), request_id)
         opened = ledger.open[request_id] = OpenIntent(promised, facts, self._writer.put(append))
         if opened.place is not None:
             self._committed(append, opened.place)
@@ -233,7 +233,7 @@ class Spool:
         elif not self._running or not ledger.admit(len(body)):
             self._gap.count()
             return self._waiting.turned_away()
-        append = Append(body, now.timestamp(), traceparent(), outcome_of=request_id)
+        append = Append(body, now.timestamp(), traceparent(), "", request_id)
         place = self._writer.put(append)
         if place is not None:
             self._outcome_written(append, place)
