@@ -21,7 +21,7 @@ import logging
 import string
 from collections.abc import Awaitable, Callable, Mapping, Set
 from functools import partial
-from types import MappingProxyType
+from types import MappingProxyType, TracebackType
 
 from msgspec import Struct
 
@@ -151,13 +151,8 @@ def server_chain(
             call.context.has_own_deadline = True
             allowed_s = min(allowed_s, call.time_remaining_s - DEADLINE_MARGIN_S)
         call.context.deadline_s = clock.monotonic() + allowed_s
-        try:
-            async with asyncio.timeout(max(allowed_s, 0)) as timeout:
-                await rest()
-        except TimeoutError as error:
-            if not timeout.expired():
-                raise
-            raise errors.DeadlineExceeded("The deadline passed before the answer was complete.") from error
+        with Deadline(allowed_s):
+            await rest()
 
     async def identity(call: Call, rest: Rest) -> None:
         authenticate = anonymous if call.context.method in open_methods else authenticator
@@ -177,6 +172,39 @@ def server_chain(
             "identity": identity,
         }
     )
+
+
+class Deadline:
+    """A block that ends with DeadlineExceeded when it takes too long. As `asyncio.timeout`, for half."""
+
+    __slots__ = ("_cancelling", "_has_passed", "_task", "_timer")
+
+    def __init__(self, allowed_s: float) -> None:
+        task = asyncio.current_task()
+        if task is None:
+            raise RuntimeError("a call is served outside of a task")
+        self._task = task
+        self._cancelling = task.cancelling()
+        self._has_passed = False
+        self._timer = task.get_loop().call_later(max(allowed_s, 0), self._pass)
+
+    def __enter__(self) -> None:
+        """The time runs already."""
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._timer.cancel()
+        if not self._has_passed:
+            return
+        # Others may have cancelled the task as well: then it is theirs to say why.
+        if self._task.uncancel() <= self._cancelling and isinstance(error, asyncio.CancelledError):
+            text = "The deadline passed before the answer was complete."
+            raise errors.DeadlineExceeded(text) from error
+
+    def _pass(self) -> None:
+        self._has_passed = True
+        self._task.cancel()
 
 
 async def normalised_errors(call: Call, rest: Rest) -> None:
