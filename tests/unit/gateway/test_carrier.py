@@ -376,3 +376,19 @@ async def test_a_request_goes_without_what_the_gateway_alone_knows(tmp_path: Pat
             for events in (whole, streamed)
         ]
         assert texts[0] == texts[1] == "a b c"
+
+
+async def test_each_that_waits_too_long_ends_at_its_own_time() -> None:
+    shared, carrier, stream = await opened(Source(), ManualClock())
+    patient, order = ask(carrier), []
+
+    async def one(timeout_s: float) -> None:
+        with pytest.raises(errors.DeadlineExceeded):
+            await carrier.ask(b"x", {}, timeout_s)
+        order.append(timeout_s)
+
+    await asyncio.wait_for(asyncio.gather(*map(one, (0.3, 0.1, 0.2))), 10)
+    assert order == [0.1, 0.2, 0.3]
+    stream.say((1, "yes"))
+    assert await patient == "yes"
+    await shared.close()
