@@ -1,5 +1,4 @@
-"""The deadline around a call: it ends the block with an error of its own, and takes no cancellation of others for
-its."""
+"""The deadline around a call ends it with an error of its own; the cancellation of others stays theirs."""
 
 from __future__ import annotations
 
