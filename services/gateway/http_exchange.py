@@ -209,8 +209,10 @@ class Exchange:
         """Sends the head of a stream of server-sent events, and the events that open it; `failed` writes the
         last ones of a broken one."""
         self._failed = failed
-        if opening:
-            self._hold()
+        connection = self.scope.get("llmos.connection")
+        if opening and connection is not None:
+            # The head goes with it.
+            connection.hold()
         await self._start(200, _STREAM)
         if opening:
             await self.send(opening)
@@ -253,12 +255,6 @@ class Exchange:
     def close(self) -> None:
         """Ends the watching."""
         self._watched = None
-
-    def _hold(self) -> None:
-        """The head that is sent next goes with what follows it."""
-        connection = self.scope.get("llmos.connection")
-        if connection is not None:
-            connection.hold()
 
     async def _start(self, status: int, headers: Iterable[Header]) -> None:
         self._begun = True

@@ -1,5 +1,5 @@
 """Writes together what belongs together: each write is a call of the system's, and wakes the reader. The head
-of an answer waits for its body; a stream's events wait for each other where they come in a burst, none longer
+of a stream waits for what opens it; its events wait for each other where they come in a burst, none longer
 than GATHER_S, and what comes after a pause is written at once."""
 
 from __future__ import annotations

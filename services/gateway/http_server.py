@@ -114,7 +114,7 @@ class BoundedProtocol(HttpToolsProtocol):
 
     def answer(self, cycle: RequestResponseCycle, head: bytes, body: bytes) -> bool:
         """Writes a whole answer in one piece, of whose head the empty line is missing; False where the reader
-        has to be waited for. As uvicorn's `send` with two messages, for a third of its time."""
+        has to be waited for. As uvicorn's `send` with two messages."""
         if self.flow.write_paused:
             return False
         if cycle.disconnected:

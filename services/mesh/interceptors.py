@@ -175,7 +175,7 @@ def server_chain(
 
 
 class Deadline:
-    """A block that ends with DeadlineExceeded when it takes too long. As `asyncio.timeout`, for half."""
+    """A block that ends with DeadlineExceeded if it takes too long: `asyncio.timeout` with less around it."""
 
     __slots__ = ("_cancelling", "_has_passed", "_task", "_timer")
 
