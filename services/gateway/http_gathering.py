@@ -15,10 +15,14 @@ MAX_GATHERED_BYTES = 16 * 1024
 class GatheringTransport:
     """A transport that can do so; all else is the inner one's."""
 
-    __slots__ = ("_inner", "_loop", "_pending", "_pending_bytes", "_timer", "_written_s", "holds", "on")
+    __slots__ = (
+        *("_inner", "_loop", "_pending", "_pending_bytes", "_timer", "_written_s"),
+        *("holds", "is_closing", "on"),
+    )
 
     def __init__(self, inner: asyncio.Transport, loop: asyncio.AbstractEventLoop) -> None:
         self._inner = inner
+        self.is_closing = inner.is_closing
         self._loop = loop
         self.on = False
         """Whether writes may wait."""
@@ -51,9 +55,6 @@ class GatheringTransport:
         if self._timer is None:
             self._timer = self._loop.call_at(self._written_s + GATHER_S, self._on_time)
 
-    def is_closing(self) -> bool:
-        return self._inner.is_closing()
-
     def close(self) -> None:
         self._flush(b"")
         self._inner.close()
@@ -79,5 +80,5 @@ class GatheringTransport:
             data = b"".join((*self._pending, data))
             self._pending.clear()
             self._pending_bytes = 0
-        if data and not self._inner.is_closing():
+        if data and not self.is_closing():
             self._inner.write(data)

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
+from operator import attrgetter
 from typing import Any
 
 from buf.validate import validate_pb2
@@ -30,6 +31,7 @@ _SAMPLING = (
     *("temperature", "top_p", "top_k", "min_p"),
     *("presence_penalty", "frequency_penalty", "repetition_penalty"),
 )
+_sampling_of = attrgetter(*_SAMPLING)
 
 
 def to_message(body: Request) -> generation_service_pb2.StreamGenerateRequest:
@@ -53,8 +55,8 @@ def to_message(body: Request) -> generation_service_pb2.StreamGenerateRequest:
 
 def _check_numbers(body: Request) -> None:
     """How many of what there may be, before a message is made of them. Raises RequestInvalid."""
-    for name, limit in _MOST.items():
-        given = getattr(body, name, None)
+    values, limits = _LISTS[type(body)]
+    for given, (name, limit) in zip(values(body), limits, strict=True):
         if given is not None and not isinstance(given, str) and len(given) > limit:
             raise refuse(name, f"has more than {limit} entries")
 
@@ -117,24 +119,36 @@ def _most() -> dict[str, int]:
     return {name: each.get("maxItems") or each["maxProperties"] for name, each in found.items()}
 
 
-_MOST = _most()
+def _lists(kind: type[Request]) -> tuple[Callable[[Request], tuple[Any, ...]], list[tuple[str, int]]]:
+    limits = [(name, limit) for name, limit in _most().items() if name in kind.__struct_fields__]
+    return attrgetter(*(name for name, _ in limits)), limits
+
+
+_LISTS = {kind: _lists(kind) for kind in (ChatRequest, CompletionRequest, ResponsesRequest)}
+"""Of each kind of request its lists and maps, and how many entries each may have."""
 
 
 def _fill(spec: generation_pb2.GenerationSpec, body: Sampled) -> None:
     spec.model = body.model
     sampling = spec.sampling
-    for name in _SAMPLING:
-        value = getattr(body, name)
+    for name, value in zip(_SAMPLING, _sampling_of(body), strict=True):
         if value is not None:
             setattr(sampling, name, value)
     if body.seed is not None:
         sampling.seed = body.seed % 2**64
-    sampling.logit_bias.update(body.logit_bias or {})
-    spec.stop.extend([body.stop] if isinstance(body.stop, str) else body.stop or ())
-    spec.stop_token_ids.extend(body.stop_token_ids or ())
-    spec.ignore_eos = bool(body.ignore_eos)
-    spec.end_user = body.user or body.safety_identifier or ""
-    spec.labels.update(body.metadata or {})
+    # What nearly nobody sends.
+    if body.logit_bias:
+        sampling.logit_bias.update(body.logit_bias)
+    if body.stop is not None:
+        spec.stop.extend([body.stop] if isinstance(body.stop, str) else body.stop)
+    if body.stop_token_ids:
+        spec.stop_token_ids.extend(body.stop_token_ids)
+    if body.ignore_eos:
+        spec.ignore_eos = True
+    if end_user := body.user or body.safety_identifier:
+        spec.end_user = end_user
+    if body.metadata:
+        spec.labels.update(body.metadata)
 
 
 def _fill_chat(spec: generation_pb2.GenerationSpec, body: ChatRequest) -> None:
@@ -144,9 +158,10 @@ def _fill_chat(spec: generation_pb2.GenerationSpec, body: ChatRequest) -> None:
         _add_chat_message(chat, given, f"messages[{index}].role")
     if body.token_limit is not None:
         spec.max_tokens = body.token_limit
-    spec.n = body.n or 0
-    spec.logprobs = bool(body.logprobs)
-    spec.top_logprobs = body.top_logprobs or 0
+    if body.n:
+        spec.n = body.n
+    if body.logprobs:
+        spec.logprobs, spec.top_logprobs = True, body.top_logprobs or 0
 
 
 def _add_chat_message(chat: generation_pb2.Chat, given: ChatMessage, role_field: str) -> None:
@@ -156,8 +171,10 @@ def _add_chat_message(chat: generation_pb2.Chat, given: ChatMessage, role_field:
     elif given.content is not None:
         texts = [part.text or "" for part in given.content]
     message = _add(chat, given.role, texts, role_field)
-    message.name = given.name or ""
-    message.tool_call_id = given.tool_call_id or ""
+    if given.name:
+        message.name = given.name
+    if given.tool_call_id:
+        message.tool_call_id = given.tool_call_id
 
 
 def _fill_completion(spec: generation_pb2.GenerationSpec, body: CompletionRequest) -> None:
@@ -192,5 +209,5 @@ def _add(
         raise refuse(role_field, "must be system, developer, user or assistant")
     message = chat.messages.add(role=role)
     for text in texts:
-        message.content.add().text = text
+        message.content.add(text=text)
     return message
