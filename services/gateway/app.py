@@ -31,8 +31,9 @@ from services.gateway.cutting import RunningCredentials
 from services.gateway.first_replica import FIRST_REPLICA, FirstReplica
 from services.gateway.http import HttpEdge
 from services.gateway.http_cors import Cors
+from services.gateway.http_protocol import HttpLimits
 from services.gateway.http_receiving import Receiving
-from services.gateway.http_server import HttpLimits, HttpServer
+from services.gateway.http_server import HttpServer
 from services.gateway.jobs.assembly import build_jobs
 from services.gateway.jobs.working.assembly import build_worker
 from services.gateway.jobs.working.identities import RenewedIdentities

@@ -21,7 +21,7 @@ import logging
 import string
 from collections.abc import Awaitable, Callable, Mapping, Set
 from functools import partial
-from types import MappingProxyType, TracebackType
+from types import MappingProxyType
 
 from msgspec import Struct
 
@@ -29,6 +29,7 @@ from services.mesh import context as request_context
 from services.mesh import errors, telemetry
 from services.mesh.clock import Clock
 from services.mesh.context import Caller, RequestContext
+from services.mesh.deadlines import Deadline
 from services.mesh.errors import LlmosError
 from services.mesh.randomness import random_bytes
 from services.mesh.running import RunningCalls
@@ -104,6 +105,7 @@ def server_chain(
     `adopt_request_id` is for services that only others of the mesh call: the id that the gateway made goes
     on through all hops.
     """
+    deadlines = Deadline.blocks()
 
     async def request_id(call: Call, rest: Rest) -> None:
         given = call.metadata.get(REQUEST_ID_KEY)
@@ -151,7 +153,7 @@ def server_chain(
             call.context.has_own_deadline = True
             allowed_s = min(allowed_s, call.time_remaining_s - DEADLINE_MARGIN_S)
         call.context.deadline_s = clock.monotonic() + allowed_s
-        with Deadline(allowed_s):
+        with Deadline(deadlines, allowed_s):
             await rest()
 
     async def identity(call: Call, rest: Rest) -> None:
@@ -172,39 +174,6 @@ def server_chain(
             "identity": identity,
         }
     )
-
-
-class Deadline:
-    """A block that ends with DeadlineExceeded if it takes too long: `asyncio.timeout` with less around it."""
-
-    __slots__ = ("_cancelling", "_has_passed", "_task", "_timer")
-
-    def __init__(self, allowed_s: float) -> None:
-        task = asyncio.current_task()
-        if task is None:
-            raise RuntimeError("a call is served outside of a task")
-        self._task = task
-        self._cancelling = task.cancelling()
-        self._has_passed = False
-        self._timer = task.get_loop().call_later(max(allowed_s, 0), self._pass)
-
-    def __enter__(self) -> None:
-        """The time runs already."""
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self._timer.cancel()
-        if not self._has_passed:
-            return
-        # Others may have cancelled the task as well: then it is theirs to say why.
-        if self._task.uncancel() <= self._cancelling and isinstance(error, asyncio.CancelledError):
-            text = "The deadline passed before the answer was complete."
-            raise errors.DeadlineExceeded(text) from error
-
-    def _pass(self) -> None:
-        self._has_passed = True
-        self._task.cancel()
 
 
 async def normalised_errors(call: Call, rest: Rest) -> None:

@@ -10,8 +10,9 @@ import openai
 from services.gateway.batches.assembly import build_batches
 from services.gateway.http import HttpEdge
 from services.gateway.http_cors import Cors
+from services.gateway.http_protocol import HttpLimits
 from services.gateway.http_receiving import Receiving
-from services.gateway.http_server import HttpLimits, HttpServer
+from services.gateway.http_server import HttpServer
 from services.gateway.oauth.http import OAuthRoutes
 from services.gateway.oauth.outcomes import Outcomes
 from services.gateway.oauth.ports import TokensPort

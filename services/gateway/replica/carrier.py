@@ -17,6 +17,7 @@ from typing import Generic, Protocol, TypeVar
 from msgspec import Struct
 
 from services.mesh.clock import Clock
+from services.mesh.deadlines import Deadlines
 from services.mesh.errors import DeadlineExceeded, LlmosError, ReplicaLost
 
 logger = logging.getLogger(__name__)
@@ -103,11 +104,7 @@ class Carrier(Generic[Answer]):
         self._max_message_bytes = 0
         self._number = 0
         self._waiting: dict[int, asyncio.Future[Answer | LlmosError]] = {}
-        self._ends_s: dict[int, float] = {}
-        """When those that wait have waited for long enough, by the event loop's time."""
-        self._expiry: asyncio.TimerHandle | None = None
-        """One for all of them: hardly any comes to that."""
-        self._expiry_s = float("inf")
+        self._deadlines: Deadlines[int] = Deadlines(self._expire)
         self._unsent: deque[CarriedCall] = deque()
         self._cancelled: list[int] = []
         self._news = asyncio.Event()
@@ -130,35 +127,21 @@ class Carrier(Generic[Answer]):
         self._unsent.append(call)
         self._news.set()
         # The replica says so first, if it can still say anything.
-        self._ends_s[number] = end_s = self._loop.time() + timeout_s
-        if end_s < self._expiry_s:
-            self._expire_at(end_s)
+        self._deadlines.begin(number, timeout_s)
         try:
             answer = await waiting
         finally:
-            del self._ends_s[number]
+            self._deadlines.end(number)
             if self._waiting.pop(number, None) is not None:
                 self._give_up(call)
         if isinstance(answer, LlmosError):
             raise answer
         return answer
 
-    def _expire_at(self, at_s: float) -> None:
-        if self._expiry is not None:
-            self._expiry.cancel()
-        self._expiry_s = at_s
-        self._expiry = self._loop.call_at(at_s, self._expire)
-
-    def _expire(self) -> None:
-        """Ends what has waited for long enough."""
-        now_s = self._loop.time()
-        self._expiry_s, self._expiry = float("inf"), None
-        for number, waiting in self._waiting.items():
-            if self._ends_s[number] <= now_s and not waiting.done():
-                waiting.set_result(DeadlineExceeded("The deadline passed before the answer was complete."))
-        left = [end_s for end_s in self._ends_s.values() if end_s > now_s]
-        if left:
-            self._expire_at(min(left))
+    def _expire(self, number: int) -> None:
+        waiting = self._waiting.get(number)
+        if waiting is not None and not waiting.done():
+            waiting.set_result(DeadlineExceeded("The deadline passed before the answer was complete."))
 
     def _give_up(self, call: CarriedCall) -> None:
         if call in self._unsent:
@@ -190,8 +173,7 @@ class Carrier(Generic[Answer]):
             logger.debug("a stream that carried calls ended: %s", error)
         finally:
             self.is_open = False
-            if self._expiry is not None:
-                self._expiry.cancel()
+            self._deadlines.close()
             if writing is not None:
                 writing.cancel()
             self._stream.cancel()

@@ -11,7 +11,7 @@ import httpx
 import openai
 import pytest
 
-from services.gateway.http_server import HttpLimits
+from services.gateway.http_protocol import HttpLimits
 from services.mesh.events import Outcome
 from tests.framework.batches import line
 from tests.framework.gateway_fakes import KEY, Bench, FakeReplica
