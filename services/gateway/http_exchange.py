@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import asyncio
 import re
-from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Mapping, MutableMapping
+from collections.abc import AsyncIterator, Awaitable, Callable, Collection, Iterable, Mapping, MutableMapping
 from datetime import UTC, datetime
 from email.utils import format_datetime
 from functools import lru_cache
@@ -77,7 +77,7 @@ class Exchange:
         """uvicorn's part in it; None where the answer passes somebody else on its way, such as CORS."""
         self._clock = clock
         self._received_s = clock.monotonic()
-        self._request_id = request_id.encode()
+        self._request_id = request_id
         self._response_metadata = {} if response_metadata is None else response_metadata
 
     @property
@@ -256,33 +256,32 @@ class Exchange:
         """Ends the watching."""
         self._watched = None
 
-    async def _start(self, status: int, headers: Iterable[Header]) -> None:
+    async def _start(self, status: int, own: Iterable[Header]) -> None:
         self._begun = True
-        headers = self._with_common(headers)
+        headers = [(name.encode(), value.encode()) for name, value in self._common()]
+        headers.extend(own)
         if self._close:
             headers.append((b"connection", b"close"))
         await self._send({"type": "http.response.start", "status": status, "headers": headers})
 
-    def _head(self, status: int, headers: Iterable[Header]) -> bytes:
+    def _head(self, status: int, own: Collection[Header]) -> bytes:
         """An answer's head, but for its last line. Raises Internal where a header would be several."""
-        lines = [_status_line(status), *map(b": ".join, self._with_common(headers)), b""]
-        head = b"\r\n".join(lines)
-        if not head.count(b"\n") == head.count(b"\r") == len(lines) - 1:
+        common = self._common()
+        text = "".join([_status_line(status), *[f"{name}: {value}\r\n" for name, value in common]])
+        head = b"".join([text.encode(), *[b"%b: %b\r\n" % header for header in own]])
+        if not head.count(b"\n") == head.count(b"\r") == 1 + len(common) + len(own):
             raise Internal("a header of an answer has several lines")
         return head
 
-    def _with_common(self, headers: Iterable[Header]) -> list[Header]:
-        """What all answers have, and these."""
+    def _common(self) -> list[tuple[str, str]]:
+        """The headers that all answers have, and those of this one that are its metadata."""
         elapsed_ms = int((self._clock.monotonic() - self._received_s) * 1000)
-        common = [
-            (b"date", _date(int(self._clock.now().timestamp()))),
-            (b"x-request-id", self._request_id),
-            (b"openai-processing-ms", b"%d" % elapsed_ms),
+        return [
+            ("date", _date(int(self._clock.now().timestamp()))),
+            ("x-request-id", self._request_id),
+            ("openai-processing-ms", str(elapsed_ms)),
+            *self._response_metadata.items(),
         ]
-        for name, value in self._response_metadata.items():
-            common.append((name.encode(), value.encode()))
-        common.extend(headers)
-        return common
 
     def _on_gone(self) -> None:
         if self._watched is not None and not self._complete:
@@ -291,14 +290,14 @@ class Exchange:
 
 
 @lru_cache(maxsize=64)
-def _status_line(status: int) -> bytes:
-    return f"HTTP/1.1 {status} {HTTPStatus(status).phrase}".encode()
+def _status_line(status: int) -> str:
+    return f"HTTP/1.1 {status} {HTTPStatus(status).phrase}\r\n"
 
 
 @lru_cache(maxsize=4)
-def _date(at_s: int) -> bytes:
+def _date(at_s: int) -> str:
     """RFC 9110, section 5.6.7; it is the same for all answers of a second."""
-    return format_datetime(datetime.fromtimestamp(at_s, UTC), usegmt=True).encode()
+    return format_datetime(datetime.fromtimestamp(at_s, UTC), usegmt=True)
 
 
 def _joined(pairs: Iterable[Header]) -> dict[str, str]:

@@ -172,7 +172,8 @@ class Instruments:
     def generation(self, request: ValidGeneration, record: RequestRecord) -> Generating:
         """A CLIENT span around the block; what leaves the block as an error is named on it."""
         operation = OPERATION_CHAT if request.prompt.is_chat else OPERATION_TEXT
-        return Generating(self, operation, request.model, self._span(operation, request, record))
+        around = None if is_unseen() else self._span(operation, request, record)
+        return Generating(self, operation, request.model, around)
 
     def begun_s(self) -> float:
         """The present, for a generation that begins."""
@@ -187,8 +188,6 @@ class Instruments:
     def _span(
         self, operation: str, request: ValidGeneration, record: RequestRecord
     ) -> AbstractContextManager[Span]:
-        if is_unseen():
-            return nullcontext(NO_SPAN)
         around = trace.get_current_span()
         if around.get_span_context().is_valid and not around.is_recording():
             # Not sampled, and so neither would be what is inside.
@@ -229,8 +228,13 @@ class Generating:
     __slots__ = ("_around", "_begun_s", "_instruments", "_measured", "_model", "_operation", "_span")
 
     def __init__(
-        self, instruments: Instruments, operation: str, model: str, around: AbstractContextManager[Span]
+        self,
+        instruments: Instruments,
+        operation: str,
+        model: str,
+        around: AbstractContextManager[Span] | None,
     ) -> None:
+        """`around`: the span; None where nobody would see it."""
         self._instruments = instruments
         self._operation = operation
         self._model = model
@@ -238,7 +242,7 @@ class Generating:
 
     def __enter__(self) -> Measured:
         self._begun_s = self._instruments.begun_s()
-        self._span = self._around.__enter__()
+        self._span = NO_SPAN if self._around is None else self._around.__enter__()
         self._measured = Measured(self._span)
         return self._measured
 
@@ -252,7 +256,8 @@ class Generating:
             if isinstance(error, Exception):
                 self._span.set_status(StatusCode.ERROR, error_type)
         self._instruments.ended(self._operation, self._model, error_type, self._measured, self._begun_s)
-        self._around.__exit__(kind, error, trace)
+        if self._around is not None:
+            self._around.__exit__(kind, error, trace)
 
 
 def observe_cache(cache: AnswerCache, *, meters: metrics.MeterProvider | None = None) -> None:

@@ -118,7 +118,11 @@ def server_chain(
             request_context.leave(token)
 
     async def trace(call: Call, rest: Rest) -> None:
-        with telemetry.server_span(call.context, call.metadata, call.protocol) as span:
+        around = telemetry.server_span(call.context, call.metadata, call.protocol)
+        if around is None:
+            await rest()
+            return
+        with around as span:
             call.span = span
             await rest()
 

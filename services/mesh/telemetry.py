@@ -12,7 +12,7 @@ import re
 import sys
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager
 
 import prometheus_client
 from opentelemetry import metrics, propagate, trace
@@ -48,7 +48,6 @@ __all__ = [
 NO_SPAN = trace.INVALID_SPAN
 
 _tracer = trace.get_tracer("llmos")
-_UNSEEN = nullcontext(NO_SPAN)
 _TRACEPARENT = re.compile(r"00-(?!0{32})([0-9a-f]{32})-(?!0{16})[0-9a-f]{16}-[0-9a-f]{2}", re.ASCII)
 """https://www.w3.org/TR/trace-context/, version 00."""
 _collected = True
@@ -176,8 +175,9 @@ class Telemetry:
 
 def server_span(
     context: RequestContext, metadata: Mapping[str, str | bytes], protocol: str
-) -> AbstractContextManager[Span]:
-    """A SERVER span, child of the caller's where `metadata` carries one. Fills `context.trace_id`."""
+) -> AbstractContextManager[Span] | None:
+    """A SERVER span, child of the caller's where `metadata` carries one; None where nobody would see it.
+    Fills `context.trace_id`."""
     if _collected or "tracestate" in metadata:
         return _seen(context, metadata, protocol)
     # Nobody would see a span. The trace still joins the logs of all hops, and goes on as it came.
@@ -187,7 +187,7 @@ def server_span(
     else:
         ids = random_bytes(24).hex()
         context.trace_id, context.traceparent = ids[:32], f"00-{ids[:32]}-{ids[32:]}-00"
-    return _UNSEEN
+    return None
 
 
 @contextmanager

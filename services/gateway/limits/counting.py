@@ -44,14 +44,6 @@ def fits(limit: Limit, value: float, reserved: int, amount: int) -> bool:
     return value >= amount if limit.is_rate else value + reserved + amount <= limit.limit
 
 
-def all_fit(limits: Sequence[Limit], counters: Sequence[Counter], amounts: Sequence[int]) -> bool:
-    """Whether so much may be taken of each."""
-    for limit, counter, amount in zip(limits, counters, amounts, strict=True):
-        if not fits(limit, counter.value, counter.reserved, amount):
-            return False
-    return True
-
-
 def standing(limit: Limit, value: float, reserved: int, left_s: float) -> Standing:
     """How a limit stands; `left_s` is what is left of a budget's period."""
     if limit.is_rate:

@@ -49,9 +49,14 @@ class MemoryLimiter:
         now_s = self._clock.monotonic()
         if now_s >= self._sweep_at_s:
             self._sweep(now_s)
-        counters = [self._counter(limit, now_s) for limit in limits]
+        counters: list[Counter] = []
         taken = self._taken(limits, amounts)
-        if not force and not counting.all_fit(limits, counters, taken):
+        fits = True
+        for limit, amount in zip(limits, taken, strict=True):
+            counter = self._counter(limit, now_s)
+            counters.append(counter)
+            fits = fits and counting.fits(limit, counter.value, counter.reserved, amount)
+        if not (fits or force):
             raise self._refusal(limits, counters, taken)
         standings: list[Standing] = []
         for limit, counter, amount in zip(limits, counters, taken, strict=True):
