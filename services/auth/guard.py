@@ -40,7 +40,7 @@ class Guard:
             else:
                 if verified.is_service:
                     call.context.caller = Caller(peer_service=verified.subject)
-        await rest()
+        await rest(call)
 
     @contextmanager
     def attempt(self, name: str) -> Iterator[None]:

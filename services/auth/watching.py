@@ -91,7 +91,7 @@ class Hub:
 
         async def wake(call: Call, rest: Rest) -> None:
             try:
-                await rest()
+                await rest(call)
             finally:
                 if call.context.method in methods:
                     self.wake()

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import Callable, Mapping
+from collections.abc import Awaitable, Callable, Mapping
 from contextvars import ContextVar
 from datetime import datetime
 from functools import partial
@@ -203,15 +203,15 @@ class AuditTrail:
         while self._writes:
             await asyncio.gather(*self._writes, return_exceptions=True)
 
-    async def link(self, call: Call, rest: Rest) -> None:
+    def link(self, call: Call, rest: Rest) -> Awaitable[None]:
         """The link, for the chain. An open method writes its own, once it is known whose request it was."""
-        if call.context.method in OPEN_METHODS:
-            await rest()
-            return
+        return rest(call) if call.context.method in OPEN_METHODS else self._recorded(call, rest)
+
+    async def _recorded(self, call: Call, rest: Rest) -> None:
         with self.around(call.context, _EDGES[call.protocol]) as record:
             if said := call.metadata.get("cache-control"):
                 record.cache_control = str(said)
-            await rest()
+            await rest(call)
 
     def around(self, context: RequestContext, edge: Edge) -> Around:
         """Serves one authenticated request, in a block. Lets errors out as they came."""

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import hashlib
 from collections import OrderedDict
-from collections.abc import Mapping
+from collections.abc import Awaitable, Mapping
 
 from services.gateway.keys import PREFIX, KeyRing, is_api_key
 from services.gateway.ports import AuditPort
@@ -88,16 +88,16 @@ class OpenMethodGuard:
         self._audit = audit
         self._slowdown = slowdown
 
-    async def link(self, call: Call, rest: Rest) -> None:
+    def link(self, call: Call, rest: Rest) -> Awaitable[None]:
         """Raises RateLimit where the caller's address has to wait. Here the address alone counts; by the
         client's id auth counts (`services.auth.guard`)."""
-        if call.context.method not in PROVING_METHODS:
-            await rest()
-            return
+        return self._proving(call, rest) if call.context.method in PROVING_METHODS else rest(call)
+
+    async def _proving(self, call: Call, rest: Rest) -> None:
         source_address = call.context.source_address
         try:
             with self._slowdown.attempt(source_address):
-                await rest()
+                await rest(call)
         except LlmosError as error:
             self._audit.count_anonymous(source_address, error.reason)
             raise

@@ -6,7 +6,7 @@ model, the number of tokens, the task or the labels; the use case asks again whe
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Awaitable, Mapping
 from typing import Protocol
 
 from msgspec import structs
@@ -37,7 +37,7 @@ class Authorisation:
         self._policy = policy
         self._clock = clock
 
-    async def link(self, call: Call, rest: Rest) -> None:
+    def link(self, call: Call, rest: Rest) -> Awaitable[None]:
         """The chain's link. It stands inside `audit`, so that a refusal leaves an outcome. Open methods pass.
 
         Raises ScopeMissing or PolicyDenied; a method that is not listed is denied to all.
@@ -51,7 +51,7 @@ class Authorisation:
                 context.caller = structs.replace(
                     context.caller, identity=structs.replace(context.identity, scopes=scopes)
                 )
-        await rest()
+        return rest(call)
 
     def decide_request(
         self,

@@ -34,7 +34,7 @@ class RunningCredentials:
         """
         identity = call.context.caller.identity
         if identity is None:  # an open method: nobody's
-            await rest()
+            await rest(call)
             return
         task = asyncio.current_task()
         if task is None:
@@ -42,7 +42,7 @@ class RunningCredentials:
         self._identities[task] = identity
         try:
             self._revoked.check_identity(identity)
-            await rest()
+            await rest(call)
         except asyncio.CancelledError:
             if task not in self._cut:
                 raise

@@ -53,7 +53,7 @@ class Endpoint:
         try:
             await self._chain.run(
                 Call(context, exchange.headers, allowed_s, protocol="http"),
-                lambda: self._guarded(exchange, malformed),
+                lambda call: self._guarded(exchange, malformed),
             )
         except LlmosError as error:
             await self._fail(exchange, error)

@@ -119,7 +119,6 @@ class BoundedProtocol(HttpToolsProtocol):
             return True
         cycle.response_started = cycle.response_complete = True
         cycle.waiting_for_100_continue = False
-        cycle.message_event.set()
         end = b"\r\n" if cycle.keep_alive else b"connection: close\r\n\r\n"
         self.transport.write(b"".join((head, end, body)))
         if not cycle.keep_alive:

@@ -92,7 +92,7 @@ class Carrier(Generic[Answer]):
         size_bytes = 0
         failed: LlmosError | None = None
 
-        async def body() -> None:
+        async def body(call: Call) -> None:
             nonlocal answer, size_bytes
             answer, size_bytes = await serve()
 

@@ -10,8 +10,9 @@ From the outside in:
 6. `deadline`: the caller's or the server's cap, whichever is sooner
 7. `identity`: who calls; inside the deadline, since it may have to ask auth
 
-A link is a coroutine function that awaits the rest of the call. A context manager would say the same, and
-cost every call ten microseconds for each link.
+A link awaits the rest of the call, or returns it where it has nothing to do afterwards: each coroutine that
+waits inside another takes its time again whenever the call waits and goes on. A context manager would say the
+same, and cost every call ten microseconds for each link.
 """
 
 from __future__ import annotations
@@ -20,8 +21,10 @@ import asyncio
 import logging
 import string
 from collections.abc import Awaitable, Callable, Mapping, Set
+from contextlib import AbstractContextManager
 from functools import partial
 from types import MappingProxyType
+from typing import Protocol
 
 from msgspec import Struct
 
@@ -60,11 +63,20 @@ class Call(Struct):
     """What the caller allows; None where it set no deadline."""
     protocol: str = "grpc"
     span: telemetry.Span = telemetry.NO_SPAN
+    body: Rest | None = None
+    """What is served inside all links."""
 
 
-Rest = Callable[[], Awaitable[None]]
-"""What is inside of a link; to be awaited at most once."""
-Link = Callable[[Call, Rest], Awaitable[None]]
+class Rest(Protocol):
+    """What is inside of a link; to be awaited at most once."""
+
+    def __call__(self, call: Call, /) -> Awaitable[None]: ...
+
+
+class Link(Protocol):
+    """A part of the chain."""
+
+    def __call__(self, call: Call, rest: Rest) -> Awaitable[None]: ...
 
 
 def new_request_id() -> str:
@@ -77,14 +89,21 @@ class Chain:
 
     def __init__(self, links: Mapping[str, Link]) -> None:
         self.links = dict(links)
-        self._inside_out = tuple(reversed(self.links.values()))
+        rest: Rest = _body
+        for link in reversed(self.links.values()):
+            rest = partial(link, rest=rest)
+        self._whole = rest
 
     def run(self, call: Call, body: Rest) -> Awaitable[None]:
         """Runs the call's body inside all links. Raises LlmosError and asyncio.CancelledError only."""
-        rest = body
-        for link in self._inside_out:
-            rest = partial(link, call, rest)
-        return rest()
+        call.body = body
+        return self._whole(call)
+
+
+def _body(call: Call) -> Awaitable[None]:
+    if call.body is None:
+        raise RuntimeError("a call without a body")
+    return call.body(call)
 
 
 def server_chain(
@@ -113,25 +132,25 @@ def server_chain(
             call.context.request_id = given
         token = request_context.enter(call.context)
         try:
-            await rest()
+            await rest(call)
         finally:
             request_context.leave(token)
 
-    async def trace(call: Call, rest: Rest) -> None:
+    def trace(call: Call, rest: Rest) -> Awaitable[None]:
         around = telemetry.server_span(call.context, call.metadata, call.protocol)
-        if around is None:
-            await rest()
-            return
+        return rest(call) if around is None else traced(call, rest, around)
+
+    async def traced(call: Call, rest: Rest, around: AbstractContextManager[telemetry.Span]) -> None:
         with around as span:
             call.span = span
-            await rest()
+            await rest(call)
 
     async def metrics(call: Call, rest: Rest) -> None:
         begun_s = clock.monotonic()
         telemetry.calls_running[call.context.method] += 1
         status = errors.Status.OK
         try:
-            await rest()
+            await rest(call)
         except LlmosError as error:
             status = error.status
             raise
@@ -149,7 +168,7 @@ def server_chain(
 
     async def limit(call: Call, rest: Rest) -> None:
         with running.enter(watch=call.context.method in watch_methods):
-            await rest()
+            await rest(call)
 
     async def deadline(call: Call, rest: Rest) -> None:
         allowed_s = max_call_s + longer_s.get(call.context.method, 0.0)
@@ -158,14 +177,14 @@ def server_chain(
             allowed_s = min(allowed_s, call.time_remaining_s - DEADLINE_MARGIN_S)
         call.context.deadline_s = clock.monotonic() + allowed_s
         with Deadline(deadlines, allowed_s):
-            await rest()
+            await rest(call)
 
     async def identity(call: Call, rest: Rest) -> None:
         authenticate = anonymous if call.context.method in open_methods else authenticator
         call.context.caller = await authenticate(
             call.context.method, call.metadata, call.context.source_address
         )
-        await rest()
+        await rest(call)
 
     return Chain(
         {
@@ -183,7 +202,7 @@ def server_chain(
 async def normalised_errors(call: Call, rest: Rest) -> None:
     """Lets only LlmosError and CancelledError out."""
     try:
-        await rest()
+        await rest(call)
     except LlmosError as error:
         if isinstance(error, errors.Internal):
             logger.exception("%s failed: %s", call.context.method, error.message)

@@ -336,7 +336,7 @@ class _ChainHandlers(grpc.GenericRpcHandler):
             servicer_context.time_remaining(),
         )
         try:
-            await self._chain.run(call, lambda: body(call))
+            await self._chain.run(call, body)
         except LlmosError as error:
             await _abort(servicer_context, error, call)
         return call

@@ -130,7 +130,7 @@ class NoTrail(AuditTrail):
             audit=self._audit,
         )
         auditing._current.set(record)
-        await rest()
+        await rest(call)
 
 
 class NoSpool(Nobody):

@@ -277,7 +277,7 @@ async def test_what_the_use_case_says_beside_the_answer_is_sent(
 
     async def link(call: Call, rest: Rest) -> None:
         current_record().response_metadata["x-test-left"] = "7"
-        await rest()
+        await rest(call)
 
     bench.extra_link = link
     if kind == "http":

@@ -38,11 +38,14 @@ class Retries:
         self._spool = spool
         self._seals = seals
 
-    async def around(self, record: RequestRecord, retry: Retry | None, work: Callable[[], Awaitable[T]]) -> T:
+    def around(
+        self, record: RequestRecord, retry: Retry | None, work: Callable[[], Awaitable[T]]
+    ) -> Awaitable[T]:
         """What the work gives. Its error names the job where it goes on as one. Raises StateConflict where
         that is asked for, and this deployment offers no jobs."""
-        if retry is None:
-            return await work()
+        return work() if retry is None else self._retried(record, retry, work)
+
+    async def _retried(self, record: RequestRecord, retry: Retry, work: Callable[[], Awaitable[T]]) -> T:
         self._seals.keyed_hash(record.identity.tenant_id, "probe", b"")
         try:
             return await work()

@@ -117,16 +117,8 @@ class GrpcInference:
                 inbox.close()
 
     async def generate_whole(self, request_id: str, request: ValidGeneration) -> WholeAnswer:
-        found = await self._whole(_message(request_id, request))
-        return WholeAnswer(
-            _started(found.started, found.time_to_first_token_s),
-            [_delta(delta) for delta in found.deltas],
-            _finished(found.finished),
-        )
-
-    async def _whole(
-        self, message: inference_service_pb2.GenerateRequest
-    ) -> inference_service_pb2.GenerateWholeResponse:
+        message = _message(request_id, request)
+        found: inference_service_pb2.GenerateWholeResponse | None = None
         carrier = self._carriers.carrier()
         if carrier is not None:
             metadata, left_s = await self._channel.prepare(None)
@@ -136,12 +128,16 @@ class GrpcInference:
                 )
             except DependencyUnavailable as error:
                 raise _replica_lost() from error
-            if found is not None:
-                return found
-        with _lost:
-            return await self._inference.GenerateWhole(
-                inference_service_pb2.GenerateWholeRequest(request=message)
-            )
+        if found is None:
+            with _lost:
+                found = await self._inference.GenerateWhole(
+                    inference_service_pb2.GenerateWholeRequest(request=message)
+                )
+        return WholeAnswer(
+            _started(found.started, found.time_to_first_token_s),
+            [_delta(delta) for delta in found.deltas],
+            _finished(found.finished),
+        )
 
     def carry(self) -> CarryStream[inference_service_pb2.GenerateWholeResponse]:
         """As a `CarrySource`."""

@@ -42,7 +42,7 @@ class Guarded:
         call = Call(RequestContext("req", METHOD, address), metadata)
         reason = ""
 
-        async def prove() -> None:
+        async def prove(call: Call) -> None:
             nonlocal reason
             try:
                 with self.guard.attempt(client_id):

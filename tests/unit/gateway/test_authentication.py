@@ -57,7 +57,7 @@ class Gateway:
     async def issue(self, address: str, error: errors.LlmosError | None = None) -> None:
         """A call of an open method, which ends so."""
 
-        async def served() -> None:
+        async def served(call: Call) -> None:
             if error is not None:
                 raise error
 
@@ -148,7 +148,7 @@ async def test_the_public_keys_are_for_everybody() -> None:
     jwks = RequestContext("req", "/llmos.auth.v1.TokenService/GetJwks", ATTACKER)
     served: list[str] = []
 
-    async def serve() -> None:
+    async def serve(call: Call) -> None:
         served.append(ATTACKER)
 
     await gateway.guard.link(Call(jwks, {}), serve)

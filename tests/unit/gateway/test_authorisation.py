@@ -82,7 +82,7 @@ def call_of(method: str, identity: Identity | None) -> Call:
     return Call(RequestContext("req_1", method, "192.0.2.1", caller=Caller(identity)), {})
 
 
-async def unreachable() -> None:
+async def unreachable(call: Call) -> None:
     pytest.fail("it passed")
 
 
@@ -101,7 +101,7 @@ async def test_open_methods_pass_without_an_identity(method: str) -> None:
     bench = Bench([FakeReplica()])
     served: list[str] = []
 
-    async def serve() -> None:
+    async def serve(call: Call) -> None:
         served.append(method)
 
     await bench.authorisation.link(call_of(method, None), serve)

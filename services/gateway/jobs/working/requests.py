@@ -80,7 +80,7 @@ class RequestRunner:
         left_s = (job.give_up_time - self._clock.now()).total_seconds()
         result = b""
 
-        async def body() -> None:
+        async def body(call: Call) -> None:
             nonlocal result
             if isinstance(work, LlmosError):
                 record = current_record()
@@ -103,7 +103,7 @@ class RequestRunner:
         call.context.caller = caller
         if caller.identity is not None:
             current_record().identity = caller.identity
-        await rest()
+        await rest(call)
 
     async def _answered(self, attempt: Attempt, work: Work) -> bytes:
         request = work.request
