@@ -36,9 +36,7 @@ class RunningCredentials:
         if identity is None:  # an open method: nobody's
             await rest(call)
             return
-        task = asyncio.current_task()
-        if task is None:
-            raise RuntimeError("a call is served outside of a task")
+        task = call.task
         self._identities[task] = identity
         try:
             self._revoked.check_identity(identity)

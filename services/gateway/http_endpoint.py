@@ -39,6 +39,9 @@ class Endpoint:
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         client = scope.get("client")
+        task = asyncio.current_task()
+        if task is None:
+            raise RuntimeError("a request is served outside of a task")
         context = RequestContext(new_request_id(), self._method)
         exchange = Exchange(
             scope,
@@ -47,12 +50,13 @@ class Endpoint:
             request_id=context.request_id,
             clock=self._clock,
             response_metadata=context.response_metadata,
+            task=task,
         )
         context.source_address = self._proxies.source_address(client[0] if client else "", exchange.headers)
         allowed_s, malformed = _timeout_s(exchange.headers.get(REQUEST_TIMEOUT_KEY))
         try:
             await self._chain.run(
-                Call(context, exchange.headers, allowed_s, protocol="http"),
+                Call(context, exchange.headers, allowed_s, protocol="http", task=task),
                 lambda call: self._guarded(exchange, malformed),
             )
         except LlmosError as error:

@@ -66,8 +66,10 @@ class Exchange:
         request_id: str,
         clock: Clock,
         response_metadata: Mapping[str, str] | None = None,
+        task: asyncio.Task[Any] | None = None,
     ) -> None:
-        """`response_metadata` becomes headers of the answer: what it holds when the answer begins."""
+        """`response_metadata` becomes headers of the answer: what it holds when the answer begins. `task` is
+        that which serves the request, where it is to be watched."""
         self.scope = scope
         self.headers = _joined(scope["headers"])
         self._receive = receive
@@ -78,6 +80,7 @@ class Exchange:
         self._clock = clock
         self._received_s = clock.monotonic()
         self._request_id = request_id
+        self._task = task
         self._response_metadata = {} if response_metadata is None else response_metadata
 
     @property
@@ -183,8 +186,8 @@ class Exchange:
         return part
 
     def watch(self) -> None:
-        """From now on, the caller's leaving cancels the present task. The body must have been read."""
-        self._watched = asyncio.current_task()
+        """From now on, the caller's leaving cancels the task. The body must have been read."""
+        self._watched = self._task
         connection = self.scope.get("llmos.connection")
         if connection is not None:
             connection.on_gone(self._on_gone)

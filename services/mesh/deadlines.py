@@ -6,7 +6,7 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Callable, Hashable
 from types import TracebackType
-from typing import Generic, TypeVar
+from typing import Any, Generic, TypeVar
 
 from services.mesh.errors import DeadlineExceeded
 
@@ -17,6 +17,7 @@ class Deadlines(Generic[Key]):
     """Says of each key when its time has passed, unless it has ended before."""
 
     def __init__(self, passed: Callable[[Key], None]) -> None:
+        self._loop = asyncio.get_running_loop()
         self._passed = passed
         self._ends_s: dict[Key, float] = {}
         """By the event loop's time."""
@@ -25,10 +26,9 @@ class Deadlines(Generic[Key]):
 
     def begin(self, key: Key, allowed_s: float) -> None:
         """Its time runs from now on."""
-        loop = asyncio.get_running_loop()
-        self._ends_s[key] = end_s = loop.time() + allowed_s
+        self._ends_s[key] = end_s = self._loop.time() + allowed_s
         if end_s < self._timer_s:
-            self._arm(loop, end_s)
+            self._arm(end_s)
 
     def end(self, key: Key) -> None:
         """It has ended; after its time has passed this changes nothing."""
@@ -41,21 +41,21 @@ class Deadlines(Generic[Key]):
         self._timer, self._timer_s = None, float("inf")
         self._ends_s.clear()
 
-    def _arm(self, loop: asyncio.AbstractEventLoop, at_s: float) -> None:
+    def _arm(self, at_s: float) -> None:
         if self._timer is not None:
             self._timer.cancel()
         self._timer_s = at_s
-        self._timer = loop.call_at(at_s, self._on_time, loop)
+        self._timer = self._loop.call_at(at_s, self._on_time)
 
-    def _on_time(self, loop: asyncio.AbstractEventLoop) -> None:
+    def _on_time(self) -> None:
         self._timer, self._timer_s = None, float("inf")
-        now_s = loop.time()
+        now_s = self._loop.time()
         for key in [key for key, end_s in self._ends_s.items() if end_s <= now_s]:
             del self._ends_s[key]
             self._passed(key)
         if self._ends_s:
             # The timer stays where what it was set for has ended, and finds out here.
-            self._arm(loop, min(self._ends_s.values()))
+            self._arm(min(self._ends_s.values()))
 
 
 class Deadline:
@@ -63,11 +63,8 @@ class Deadline:
 
     __slots__ = ("_cancelling", "_deadlines", "_has_passed", "_task")
 
-    def __init__(self, deadlines: Deadlines[Deadline], allowed_s: float) -> None:
-        """`deadlines` are those of all such blocks, made by `blocks`."""
-        task = asyncio.current_task()
-        if task is None:
-            raise RuntimeError("a call is served outside of a task")
+    def __init__(self, deadlines: Deadlines[Deadline], task: asyncio.Task[Any], allowed_s: float) -> None:
+        """`deadlines` are those of all such blocks, made by `blocks`; `task` is that which runs the block."""
         self._deadlines = deadlines
         self._task = task
         self._cancelling = task.cancelling()

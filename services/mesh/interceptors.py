@@ -24,9 +24,9 @@ from collections.abc import Awaitable, Callable, Mapping, Set
 from contextlib import AbstractContextManager
 from functools import partial
 from types import MappingProxyType
-from typing import Protocol
+from typing import Any, Protocol
 
-from msgspec import Struct
+from msgspec import Struct, field
 
 from services.mesh import context as request_context
 from services.mesh import errors, telemetry
@@ -53,6 +53,13 @@ DEADLINE_MARGIN_S = 0.01
 _ID_ALPHABET = frozenset(string.ascii_letters + string.digits + "-_")
 
 
+def _own_task() -> asyncio.Task[Any]:
+    task = asyncio.current_task()
+    if task is None:
+        raise RuntimeError("a call is served outside of a task")
+    return task
+
+
 class Call(Struct):
     """One call on its way through the chain."""
 
@@ -65,6 +72,8 @@ class Call(Struct):
     span: telemetry.Span = telemetry.NO_SPAN
     body: Rest | None = None
     """What is served inside all links."""
+    task: asyncio.Task[Any] = field(default_factory=_own_task)
+    """That which serves it. To ask asyncio each time costs a system call."""
 
 
 class Rest(Protocol):
@@ -167,7 +176,7 @@ def server_chain(
         return Caller()
 
     async def limit(call: Call, rest: Rest) -> None:
-        with running.enter(watch=call.context.method in watch_methods):
+        with running.enter(call.task, watch=call.context.method in watch_methods):
             await rest(call)
 
     async def deadline(call: Call, rest: Rest) -> None:
@@ -176,7 +185,7 @@ def server_chain(
             call.context.has_own_deadline = True
             allowed_s = min(allowed_s, call.time_remaining_s - DEADLINE_MARGIN_S)
         call.context.deadline_s = clock.monotonic() + allowed_s
-        with Deadline(deadlines, allowed_s):
+        with Deadline(deadlines, call.task, allowed_s):
             await rest(call)
 
     async def identity(call: Call, rest: Rest) -> None:

@@ -28,9 +28,9 @@ class RunningCalls:
     def __len__(self) -> int:
         return len(self._tasks)
 
-    def enter(self, *, watch: bool = False) -> Entered:
-        """Registers the present task, for as long as the block lasts. Raises ConcurrencyLimit at once where
-        all places are taken.
+    def enter(self, task: asyncio.Task[object], *, watch: bool = False) -> Entered:
+        """Registers a task, for as long as the block lasts. Raises ConcurrencyLimit at once where all places
+        are taken.
 
         A `watch` lasts as long as its client likes, so the drain does not wait for it: it ends at once, with
         Draining. Its client goes on elsewhere.
@@ -38,9 +38,6 @@ class RunningCalls:
         if watch and self._draining.is_set():
             raise Draining("The server is shutting down.")
         self._check_places()
-        task = asyncio.current_task()
-        if task is None:
-            raise RuntimeError("a call is served outside of a task")
         self._tasks.add(task)
         if watch:
             self._watches.add(task)

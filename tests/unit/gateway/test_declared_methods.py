@@ -53,7 +53,7 @@ def test_r26_each_action_names_scopes_that_exist() -> None:
     assert {scope for action in ACTIONS.values() for scope in action.scopes} <= SCOPES.keys()
 
 
-def test_r26_each_route_stands_in_the_access_matrix() -> None:
+async def test_r26_each_route_stands_in_the_access_matrix() -> None:
     bench, clock = Bench([FakeReplica()]), SystemClock()
     chain = chain_of(bench)
     oauth = OAuthRoutes(chain=chain, tokens=None, outcomes=None, clock=clock, issuer="https://i")  # type: ignore[arg-type]

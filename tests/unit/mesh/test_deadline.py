@@ -11,7 +11,9 @@ from services.mesh.errors import DeadlineExceeded
 
 
 def within(allowed_s: float) -> Deadline:
-    return Deadline(Deadline.blocks(), allowed_s)
+    task = asyncio.current_task()
+    assert task is not None
+    return Deadline(Deadline.blocks(), task, allowed_s)
 
 
 async def forever() -> None:
