@@ -13,6 +13,8 @@ from services.gateway.http_exchange import Exchange, Receive, Scope, Send
 from services.gateway.http_receiving import Receiving
 from services.gateway.http_server import HttpServer
 from services.mesh.clock import SystemClock
+from services.mesh.deadlines import Deadline
+from services.mesh.errors import DeadlineExceeded
 from services.mesh.running import RunningCalls
 from tests.framework.gateway_http import LIMITS
 
@@ -22,10 +24,11 @@ _outside: ContextVar[str] = ContextVar("outside", default="nothing")
 
 
 class App:
-    """Notes who serves; `/cancelled` is cancelled and answers all the same."""
+    """Notes who serves. `/cancelled` is cancelled and answers all the same; so is `/late`, by its deadline."""
 
     def __init__(self) -> None:
         self.tasks: list[asyncio.Task[Any]] = []
+        self.deadlines = Deadline.blocks()
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         task = asyncio.current_task()
@@ -39,6 +42,12 @@ class App:
                 await asyncio.sleep(0)
             except asyncio.CancelledError:
                 await exchange.respond(200, b"cancelled")
+        elif scope["path"] == "/late":
+            try:
+                with Deadline(self.deadlines, task, 0.001):
+                    await asyncio.Event().wait()
+            except DeadlineExceeded:
+                await exchange.respond(504, b"late")
         else:
             await exchange.respond(200, _outside.get().encode())
 
@@ -111,6 +120,15 @@ async def test_who_was_cancelled_takes_no_more_and_another_does() -> None:
         assert first is second
         assert third is not first
         assert first.done()
+
+
+async def test_a_deadline_that_passed_is_no_reason_to_end() -> None:
+    app = App()
+    async with connection(app) as (reader, writer):
+        for path, said in (("/late", b"late"), ("/", b"nothing"), ("/late", b"late"), ("/", b"nothing")):
+            writer.write(request(path))
+            assert await answer(reader) == said
+        assert len(set(app.tasks)) == 1
 
 
 async def test_it_is_closed_when_it_was_idle_for_long_enough_since_the_last_answer() -> None:
