@@ -24,7 +24,7 @@ _outside: ContextVar[str] = ContextVar("outside", default="nothing")
 
 
 class App:
-    """Notes who serves. `/cancelled` is cancelled and answers all the same; so is `/late`, by its deadline."""
+    """Notes who serves. `/cancelled`, and `/late` by its deadline, is cancelled and answers all the same."""
 
     def __init__(self) -> None:
         self.tasks: list[asyncio.Task[Any]] = []
