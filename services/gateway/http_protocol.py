@@ -188,7 +188,11 @@ class BoundedProtocol(HttpToolsProtocol):
         self._in_message = False
         self._has_completed = True
         self._disarm()
-        if not self.transport.is_closing():
+        if self.transport.is_closing():
+            return
+        if self.cycle.response_complete:  # before its request was
+            self._pause()
+        else:
             super().on_message_complete()
 
     def _start_asgi_task(self, cycle: RequestResponseCycle, app: Any) -> None:
@@ -228,6 +232,10 @@ class BoundedProtocol(HttpToolsProtocol):
         if self.pipeline:
             self._start_asgi_task(*self.pipeline.pop())
             return
+        self._pause()
+
+    def _pause(self) -> None:
+        """Nothing is to be done until the next request comes."""
         self._idle_since_s = self.loop.time()
         if self._idling is None:
             self._idling = self.loop.call_later(self._limits.idle_timeout_s, self._on_idle)

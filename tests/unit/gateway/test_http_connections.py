@@ -24,7 +24,8 @@ _outside: ContextVar[str] = ContextVar("outside", default="nothing")
 
 
 class App:
-    """Notes who serves. `/cancelled`, and `/late` by its deadline, is cancelled and answers all the same."""
+    """Notes who serves. `/cancelled`, and `/late` by its deadline, is cancelled and answers all the same;
+    `/unread` answers before it has read the body."""
 
     def __init__(self) -> None:
         self.tasks: list[asyncio.Task[Any]] = []
@@ -35,6 +36,9 @@ class App:
         assert task is not None
         self.tasks.append(task)
         exchange = Exchange(scope, receive, send, request_id="req_1", clock=SystemClock())
+        if scope["path"] == "/unread":
+            await exchange.respond(200, b"unread")
+            return
         await exchange.body(1000)
         if scope["path"] == "/cancelled":
             task.cancel()
@@ -141,3 +145,14 @@ async def test_it_is_closed_when_it_was_idle_for_long_enough_since_the_last_answ
             await answer(reader)
         assert await asyncio.wait_for(reader.read(), TIMEOUT_S) == b""
         assert loop.time() - last_s >= 0.99 * IDLE_S
+
+
+async def test_it_is_closed_too_where_the_body_came_after_the_answer() -> None:
+    loop = asyncio.get_running_loop()
+    async with connection(App()) as (reader, writer):
+        writer.write(request("/unread").replace(b"content-length: 0", b"content-length: 4"))
+        assert await answer(reader) == b"unread"
+        writer.write(b"body")
+        sent_s = loop.time()
+        assert await asyncio.wait_for(reader.read(), TIMEOUT_S) == b""
+        assert loop.time() - sent_s >= 0.99 * IDLE_S
