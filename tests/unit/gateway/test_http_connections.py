@@ -10,15 +10,12 @@ from dataclasses import replace
 from typing import Any
 
 from services.gateway.http_exchange import Exchange, Receive, Scope, Send
-from services.gateway.http_receiving import Receiving
-from services.gateway.http_server import HttpServer
 from services.mesh.clock import SystemClock
 from services.mesh.deadlines import Deadline
 from services.mesh.errors import DeadlineExceeded
-from services.mesh.running import RunningCalls
 from tests.framework.gateway_http import LIMITS
+from tests.framework.http_connections import TIMEOUT_S, answer, connection, request
 
-TIMEOUT_S = 10
 IDLE_S = 1
 _outside: ContextVar[str] = ContextVar("outside", default="nothing")
 
@@ -57,43 +54,24 @@ class App:
 
 
 @asynccontextmanager
-async def connection(app: App) -> AsyncIterator[tuple[asyncio.StreamReader, asyncio.StreamWriter]]:
-    running = RunningCalls(10)
-    server = HttpServer(
-        app,
-        host="127.0.0.1",
-        port=0,
-        running=running,
-        receiving=Receiving(running, max_bodies=10, max_bytes=1 << 20),
-        limits=replace(LIMITS, idle_timeout_s=IDLE_S),
-    )
+async def connected(app: App) -> AsyncIterator[tuple[asyncio.StreamReader, asyncio.StreamWriter]]:
+    """What is set outside must not be seen by whoever serves."""
     token = _outside.set("something")
-    await server.start()
-    reader, writer = await asyncio.open_connection("127.0.0.1", server.ports["http"])
-    try:
-        yield reader, writer
-    finally:
-        writer.close()
-        _outside.reset(token)
-        await server.drain(1)
+    async with connection(app, replace(LIMITS, idle_timeout_s=IDLE_S)) as streams:
+        yield streams
+    _outside.reset(token)
 
 
-def request(path: str) -> bytes:
-    return f"POST {path} HTTP/1.1\r\nhost: x\r\ncontent-length: 0\r\n\r\n".encode()
-
-
-async def answer(reader: asyncio.StreamReader) -> bytes:
-    head = (await asyncio.wait_for(reader.readuntil(b"\r\n\r\n"), TIMEOUT_S)).decode()
-    fields = dict(line.split(": ", 1) for line in head.split("\r\n")[1:-2])
-    return await asyncio.wait_for(reader.readexactly(int(fields["content-length"])), TIMEOUT_S)
+async def said(reader: asyncio.StreamReader) -> bytes:
+    return (await answer(reader))[1]
 
 
 async def test_one_task_serves_them_all_and_ends_with_the_connection() -> None:
     app = App()
-    async with connection(app) as (reader, writer):
+    async with connected(app) as (reader, writer):
         for _ in range(5):
             writer.write(request("/"))
-            assert await answer(reader) == b"nothing"
+            assert await said(reader) == b"nothing"
         assert len(set(app.tasks)) == 1
         assert not app.tasks[0].done()
     await asyncio.wait_for(app.tasks[0], TIMEOUT_S)
@@ -101,13 +79,13 @@ async def test_one_task_serves_them_all_and_ends_with_the_connection() -> None:
 
 async def test_requests_that_came_together_leave_one_task_at_most() -> None:
     app = App()
-    async with connection(app) as (reader, writer):
+    async with connected(app) as (reader, writer):
         for _ in range(3):
             writer.write(request("/") * 4)
             for _ in range(4):
-                assert await answer(reader) == b"nothing"
+                assert await said(reader) == b"nothing"
         writer.write(request("/"))
-        assert await answer(reader) == b"nothing"
+        assert await said(reader) == b"nothing"
         waiting = app.tasks[-1]
         await asyncio.wait_for(asyncio.gather(*(set(app.tasks) - {waiting})), TIMEOUT_S)
     await asyncio.wait_for(waiting, TIMEOUT_S)
@@ -116,10 +94,10 @@ async def test_requests_that_came_together_leave_one_task_at_most() -> None:
 
 async def test_who_was_cancelled_takes_no_more_and_another_does() -> None:
     app = App()
-    async with connection(app) as (reader, writer):
-        for path, said in (("/", b"nothing"), ("/cancelled", b"cancelled"), ("/", b"nothing")):
+    async with connected(app) as (reader, writer):
+        for path, text in (("/", b"nothing"), ("/cancelled", b"cancelled"), ("/", b"nothing")):
             writer.write(request(path))
-            assert await answer(reader) == said
+            assert await said(reader) == text
         first, second, third = app.tasks
         assert first is second
         assert third is not first
@@ -128,30 +106,30 @@ async def test_who_was_cancelled_takes_no_more_and_another_does() -> None:
 
 async def test_a_deadline_that_passed_is_no_reason_to_end() -> None:
     app = App()
-    async with connection(app) as (reader, writer):
-        for path, said in (("/late", b"late"), ("/", b"nothing"), ("/late", b"late"), ("/", b"nothing")):
+    async with connected(app) as (reader, writer):
+        for path, text in (("/late", b"late"), ("/", b"nothing"), ("/late", b"late"), ("/", b"nothing")):
             writer.write(request(path))
-            assert await answer(reader) == said
+            assert await said(reader) == text
         assert len(set(app.tasks)) == 1
 
 
 async def test_it_is_closed_when_it_was_idle_for_long_enough_since_the_last_answer() -> None:
     loop = asyncio.get_running_loop()
     begun_s = loop.time()
-    async with connection(App()) as (reader, writer):
+    async with connected(App()) as (reader, writer):
         while loop.time() < begun_s + 1.2 * IDLE_S:
             writer.write(request("/"))
             last_s = loop.time()
-            await answer(reader)
+            await said(reader)
         assert await asyncio.wait_for(reader.read(), TIMEOUT_S) == b""
         assert loop.time() - last_s >= 0.99 * IDLE_S
 
 
 async def test_it_is_closed_too_where_the_body_came_after_the_answer() -> None:
     loop = asyncio.get_running_loop()
-    async with connection(App()) as (reader, writer):
+    async with connected(App()) as (reader, writer):
         writer.write(request("/unread").replace(b"content-length: 0", b"content-length: 4"))
-        assert await answer(reader) == b"unread"
+        assert await said(reader) == b"unread"
         writer.write(b"body")
         sent_s = loop.time()
         assert await asyncio.wait_for(reader.read(), TIMEOUT_S) == b""
