@@ -11,7 +11,7 @@ from services.gateway.http_exchange import Exchange, Receive, Scope, Send
 from services.mesh.clock import Clock
 from services.mesh.context import RequestContext
 from services.mesh.errors import Draining, LlmosError, ReaderStalled, RequestInvalid, Violation
-from services.mesh.interceptors import REQUEST_TIMEOUT_KEY, Call, Chain, new_request_id
+from services.mesh.interceptors import REQUEST_TIMEOUT_KEY, Call, Chain, new_request_id, own_task
 from services.mesh.source_address import TrustedProxies
 
 Serve = Callable[[Exchange], Awaitable[None]]
@@ -39,9 +39,7 @@ class Endpoint:
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         client = scope.get("client")
-        task = asyncio.current_task()
-        if task is None:
-            raise RuntimeError("a request is served outside of a task")
+        task = own_task()
         context = RequestContext(new_request_id(), self._method)
         exchange = Exchange(
             scope,

@@ -21,6 +21,7 @@ from uvicorn.server import ServerState
 from services.gateway import http_errors
 from services.gateway.http_gathering import GatheringTransport
 from services.gateway.http_receiving import Receiving, ReceivingBody
+from services.mesh.interceptors import own_task
 
 
 @dataclass(frozen=True, slots=True)
@@ -166,6 +167,8 @@ class BoundedProtocol(HttpToolsProtocol):
     def on_message_begin(self) -> None:
         super().on_message_begin()
         self.scope["llmos.connection"] = self  # type: ignore[typeddict-unknown-key]
+        # Also where it came with the rest of one that was answered early.
+        self._idle_since_s = None
         self._in_message = self._in_head = True
         self._head_bytes = self._received_bytes
 
@@ -212,13 +215,13 @@ class BoundedProtocol(HttpToolsProtocol):
 
     async def _serve(self, work: Work | None) -> None:
         """Serves a request, and those that come after it."""
-        task = asyncio.current_task()
+        task = own_task()
         while work is not None:
             cycle, app = work
             await cycle.run_asgi(app)
             del cycle, work
             # Who was cancelled takes no more; where requests came before they were asked for, another waits.
-            if self.transport.is_closing() or self._next is not None or (task and task.cancelling()):
+            if self.transport.is_closing() or self._next is not None or task.cancelling():
                 return
             self._next = waiting = self.loop.create_future()
             work = await waiting

@@ -57,8 +57,6 @@ class HttpServer:
             proxy_headers=False,
             server_header=False,
             date_header=False,
-            timeout_keep_alive=limits.idle_timeout_s,
-            reset_contextvars=True,
         )
         self._server: asyncio.Server | None = None
         self._empty = asyncio.Event()

@@ -95,8 +95,7 @@ class PolicyEngine:
     def decide(self, identity: Identity, action: Action, facts: Facts) -> Decision:
         """Raises nothing."""
         caller = self._caller(identity.tenant_id, identity.roles)
-        needs_address = caller.gates or identity.addresses or caller.view.has_rules
-        address = parse_address(facts.address) if needs_address else None
+        address = parse_address(facts.address)
         for gate in caller.gates:
             refused = gate.refusal(address)
             if refused is not None:
@@ -247,13 +246,6 @@ def _by_roles(
     identity: Identity, action: Action, facts: Facts, address: Address | None, view: _View
 ) -> Decision:
     direct = identity.scopes if identity.direct_scopes is None else identity.direct_scopes
-    if not view.has_rules:
-        # As of nearly all: the first scope that the credential has is its own.
-        for scope in action.scopes:
-            if scope in identity.scopes:
-                if scope in direct:
-                    return _by_client(scope)
-                break
     scopes = [
         scope
         for scope in action.scopes

@@ -53,7 +53,8 @@ DEADLINE_MARGIN_S = 0.01
 _ID_ALPHABET = frozenset(string.ascii_letters + string.digits + "-_")
 
 
-def _own_task() -> asyncio.Task[Any]:
+def own_task() -> asyncio.Task[Any]:
+    """The present task. Raises RuntimeError outside of one."""
     task = asyncio.current_task()
     if task is None:
         raise RuntimeError("a call is served outside of a task")
@@ -72,7 +73,7 @@ class Call(Struct):
     span: telemetry.Span = telemetry.NO_SPAN
     body: Rest | None = None
     """What is served inside all links."""
-    task: asyncio.Task[Any] = field(default_factory=_own_task)
+    task: asyncio.Task[Any] = field(default_factory=own_task)
     """That which serves it. To ask asyncio each time costs a system call."""
 
 

@@ -119,12 +119,15 @@ def _most() -> dict[str, int]:
     return {name: each.get("maxItems") or each["maxProperties"] for name, each in found.items()}
 
 
-def _lists(kind: type[Request]) -> tuple[Callable[[Request], tuple[Any, ...]], list[tuple[str, int]]]:
-    limits = [(name, limit) for name, limit in _most().items() if name in kind.__struct_fields__]
+def _lists(
+    kind: type[Request], most: Mapping[str, int]
+) -> tuple[Callable[[Request], tuple[Any, ...]], list[tuple[str, int]]]:
+    limits = [(name, limit) for name, limit in most.items() if name in kind.__struct_fields__]
     return attrgetter(*(name for name, _ in limits)), limits
 
 
-_LISTS = {kind: _lists(kind) for kind in (ChatRequest, CompletionRequest, ResponsesRequest)}
+_MOST = _most()
+_LISTS = {kind: _lists(kind, _MOST) for kind in (ChatRequest, CompletionRequest, ResponsesRequest)}
 """Of each kind of request its lists and maps, and how many entries each may have."""
 
 

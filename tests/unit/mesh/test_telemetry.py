@@ -100,7 +100,9 @@ def test_where_nobody_collects_spans_a_trace_goes_on_all_the_same(
     context = RequestContext("req_1", "/test.Service/Unary")
     token = request_context.enter(context)
     try:
-        with telemetry.server_span(context, metadata, "grpc") or nullcontext(telemetry.NO_SPAN) as span:
+        around = telemetry.server_span(context, metadata, "grpc")
+        assert (around is None) == ("tracestate" not in metadata)
+        with around or nullcontext(telemetry.NO_SPAN) as span:
             assert not span.is_recording()
             sent = dict(telemetry.inject())
             appended = telemetry.traceparent()
