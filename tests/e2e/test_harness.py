@@ -13,7 +13,8 @@ from grpc_health.v1 import health_pb2, health_pb2_grpc
 from deploy.dev.state import CannotStart
 from tests.conftest import MeshFactory
 from tests.framework.forks import SUPPORTED, Forks
-from tests.framework.mesh import MeshHarness
+from tests.framework.mesh import REPORTED_LINES, MeshHarness
+from tests.framework.waiting import eventually
 
 
 @pytest.fixture
@@ -74,6 +75,19 @@ async def test_says_why_a_process_does_not_start(lone_mesh: MeshHarness) -> None
     lone_mesh.configure("auth", access_token_ttl_s="no number")
     with pytest.raises(CannotStart, match=r"exit code 2.*(?s:.*)ACCESS_TOKEN_TTL_S"):
         await lone_mesh.start("auth")
+
+
+@pytest.mark.skipif(not SUPPORTED, reason="stacks are asked of forks, which need Linux")
+async def test_writes_down_where_everybody_stands_when_one_is_not_ready(lone_mesh: MeshHarness) -> None:
+    await lone_mesh.start("auth")
+    lone_mesh.configure("gateway", auth_target="127.0.0.1:1")
+    with pytest.raises(CannotStart, match="does not serve"):
+        await lone_mesh.start("gateway", timeout_s=3)
+    for name in ("auth", "gateway"):
+        process = lone_mesh.processes[name]
+        for stack in ("Current thread", "Stack for <Task"):
+            await eventually(lambda p=process, s=stack: s in p.tail(REPORTED_LINES), what=stack)
+    assert await serves(lone_mesh, "auth"), "it goes on"
 
 
 async def test_leaves_nothing_behind(make_mesh: MeshFactory) -> None:

@@ -7,7 +7,9 @@ stays single: a fork of one with threads would not be whole.
 
 from __future__ import annotations
 
+import asyncio
 import ctypes
+import faulthandler
 import gc
 import importlib
 import json
@@ -21,7 +23,7 @@ import time
 from pathlib import Path
 
 from deploy.dev.guard import PR_SET_PDEATHSIG
-from tests.framework.forks import COLLECT, MAX_MESSAGE_BYTES, STATUS
+from tests.framework.forks import COLLECT, MAX_MESSAGE_BYTES, STACKS, STATUS
 
 
 def main() -> None:
@@ -99,7 +101,19 @@ def _become(environment: dict[str, str], output: int) -> None:
     os.close(output)
     for stream in (sys.stdout, sys.stderr):
         stream.reconfigure(write_through=True)  # type: ignore[attr-defined]
+    # The threads' stacks come from within the handler in C, so also where the interpreter hangs.
+    signal.signal(STACKS, lambda *_: _print_tasks())
+    faulthandler.register(STACKS, all_threads=True, chain=True)
     sys.argv = ["service"]
+
+
+def _print_tasks() -> None:
+    try:
+        tasks = asyncio.all_tasks()
+    except RuntimeError:
+        return  # no event loop runs
+    for task in tasks:
+        task.print_stack(file=sys.stderr)
 
 
 if __name__ == "__main__":

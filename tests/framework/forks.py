@@ -24,6 +24,8 @@ STATUS = struct.Struct("i")
 """Of a fork's two messages: its process id, and later how it ended."""
 COLLECT = signal.SIGUSR2
 """Makes a fork collect its garbage, so that a test sees what is really held."""
+STACKS = signal.SIGQUIT
+"""Makes a fork write the stacks of its threads and of its tasks into its log, and go on."""
 SUPPORTED = sys.platform == "linux"
 
 

@@ -24,11 +24,15 @@ from deploy.dev.environment import ROOT, Plan, service_of
 from deploy.dev.ports import HOST, PortReservations
 from deploy.dev.processes import Process
 from deploy.dev.state import CannotStart, State
-from tests.framework.forks import COLLECT, Forks
+from tests.framework.forks import COLLECT, STACKS, Forks
+from tests.framework.waiting import eventually
 
 ALL = ("auth", "logging", "inference", "gateway")
 READY_TIMEOUT_S = 120.0
 STOP_GRACE_S = 45.0
+STACKS_TIMEOUT_S = 5.0
+REPORTED_LINES = 200
+"""Of each process, beside a failed test."""
 PORTS = {"gateway": ("", " metrics", " http")}
 DEFAULTS = {
     # Deterministic, and told by directives in the prompt to be slow or to fail (docs/inference.md).
@@ -145,8 +149,20 @@ class MeshHarness:
         return process
 
     async def wait_ready(self, name: str, timeout_s: float = READY_TIMEOUT_S) -> None:
-        """Returns when its health is SERVING."""
-        await readiness.wait_ready(self.processes[name], self.target(name), self._plan.certs, timeout_s)
+        """Returns when its health is SERVING. Raises CannotStart; the logs have everybody's stacks then."""
+        try:
+            await readiness.wait_ready(self.processes[name], self.target(name), self._plan.certs, timeout_s)
+        except CannotStart:
+            await self._write_stacks()
+            raise
+
+    async def _write_stacks(self) -> None:
+        """It may be another process than the one that is waited for that hangs."""
+        for process in self.processes.values():
+            if self._forks is not None and process.running:
+                process.signal(STACKS)
+                with contextlib.suppress(AssertionError):
+                    await eventually(partial(_has_stacks, process), timeout_s=STACKS_TIMEOUT_S)
 
     async def wait_not_serving(self, name: str, timeout_s: float = 10.0) -> None:
         """Returns when its health is not SERVING, or nobody answers; raises TimeoutError."""
@@ -265,3 +281,7 @@ class MeshHarness:
 
 
 __all__ = ["ALL", "CannotStart", "MeshHarness"]
+
+
+def _has_stacks(process: Process) -> bool:
+    return "(most recent call first)" in process.tail(REPORTED_LINES)
