@@ -13,11 +13,12 @@ import pytest
 
 from deploy.dev.broker import Broker
 from deploy.dev.ports import PortReservations
+from deploy.dev.processes import TAIL_LINES
 from tests.framework import broker as brokers
 from tests.framework import forks as forking
 from tests.framework import valkey as valkeys
 from tests.framework.forks import Forks
-from tests.framework.mesh import REPORTED_LINES, MeshHarness
+from tests.framework.mesh import MeshHarness
 from tests.framework.postgres import WITHOUT, PostgresServer, programs
 
 # As in the engine's process (docs/decisions/0021): threads of torch that spin while they wait take the cores
@@ -58,7 +59,7 @@ def pytest_runtest_makereport(item: pytest.Item, call: pytest.CallInfo[Any]) -> 
         for harness in _harnesses(item):
             for name, process in harness.processes.items():
                 what = "running" if process.running else f"ended with {process.exit_code}"
-                report.sections.append((f"{name} ({what}), {process.log_file}", process.tail(REPORTED_LINES)))
+                report.sections.append((f"{name} ({what}), {process.log_file}", process.tail(TAIL_LINES)))
     return report
 
 

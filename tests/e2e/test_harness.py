@@ -10,10 +10,11 @@ import psutil
 import pytest
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 
+from deploy.dev.processes import TAIL_LINES
 from deploy.dev.state import CannotStart
 from tests.conftest import MeshFactory
 from tests.framework.forks import SUPPORTED, Forks
-from tests.framework.mesh import REPORTED_LINES, MeshHarness
+from tests.framework.mesh import MeshHarness
 from tests.framework.waiting import eventually
 
 
@@ -86,7 +87,7 @@ async def test_writes_down_where_everybody_stands_when_one_is_not_ready(lone_mes
     for name in ("auth", "gateway"):
         process = lone_mesh.processes[name]
         for stack in ("Current thread", "Stack for <Task"):
-            await eventually(lambda p=process, s=stack: s in p.tail(REPORTED_LINES), what=stack)
+            await eventually(lambda p=process, s=stack: s in p.tail(TAIL_LINES), what=stack)
     assert await serves(lone_mesh, "auth"), "it goes on"
 
 

@@ -22,7 +22,7 @@ from deploy.dev.broker import Broker
 from deploy.dev.certs import CertificateAuthority
 from deploy.dev.environment import ROOT, Plan, service_of
 from deploy.dev.ports import HOST, PortReservations
-from deploy.dev.processes import Process
+from deploy.dev.processes import TAIL_LINES, Process
 from deploy.dev.state import CannotStart, State
 from tests.framework.forks import COLLECT, STACKS, Forks
 from tests.framework.waiting import eventually
@@ -31,8 +31,6 @@ ALL = ("auth", "logging", "inference", "gateway")
 READY_TIMEOUT_S = 120.0
 STOP_GRACE_S = 45.0
 STACKS_TIMEOUT_S = 5.0
-REPORTED_LINES = 200
-"""Of each process, beside a failed test."""
 PORTS = {"gateway": ("", " metrics", " http")}
 DEFAULTS = {
     # Deterministic, and told by directives in the prompt to be slow or to fail (docs/inference.md).
@@ -158,11 +156,11 @@ class MeshHarness:
 
     async def _write_stacks(self) -> None:
         """It may be another process than the one that is waited for that hangs."""
-        for process in self.processes.values():
-            if self._forks is not None and process.running:
-                process.signal(STACKS)
-                with contextlib.suppress(AssertionError):
-                    await eventually(partial(_has_stacks, process), timeout_s=STACKS_TIMEOUT_S)
+        running = [process for process in self.processes.values() if self._forks and process.running]
+        for process in running:
+            process.signal(STACKS)
+        with contextlib.suppress(AssertionError):  # one that is frozen writes none
+            await eventually(lambda: all(map(_has_stacks, running)), timeout_s=STACKS_TIMEOUT_S)
 
     async def wait_not_serving(self, name: str, timeout_s: float = 10.0) -> None:
         """Returns when its health is not SERVING, or nobody answers; raises TimeoutError."""
@@ -280,8 +278,8 @@ class MeshHarness:
         await self.close()
 
 
-__all__ = ["ALL", "CannotStart", "MeshHarness"]
-
-
 def _has_stacks(process: Process) -> bool:
-    return "(most recent call first)" in process.tail(REPORTED_LINES)
+    return "(most recent call first)" in process.tail(TAIL_LINES)
+
+
+__all__ = ["ALL", "CannotStart", "MeshHarness"]
